@@ -1,0 +1,346 @@
+"""The paper's table, executed: what OLLA does to the peak memory of real models.
+
+    python benchmarks.py --quick                      four models, a minute or two
+    python benchmarks.py -m resnet18 -b 1 --mode train
+    python benchmarks.py                              all models x batch 1 and 32 x train and eval
+
+Every row plans one step of a model; where the step fits into memory, the planned and the eager step
+are run side by side and the allocator is asked for both peaks. Weights are random: no download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import olla
+
+
+@dataclass
+class Workload:
+    """A model with example inputs, and its loss for training."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...] | dict[str, Any]
+    loss_fn: Callable[..., Tensor] | None = None
+    targets: Tensor | None = None
+
+    def call(self, function: Callable[..., Any], *, train: bool) -> Any:
+        """Call a step (or the model) on the inputs, and on the targets if there are some."""
+        named = {"targets": self.targets} if train and self.targets is not None else {}
+        if isinstance(self.inputs, dict):
+            return function(**self.inputs, **named)
+        return function(*self.inputs, **named)
+
+
+# ---------------------------------------------------------------------------------- the models
+
+
+def _classifier(name: str, *, shape: tuple[int, ...] = (3, 224, 224), **options: Any) -> Callable[[int], Workload]:
+    def build(batch: int) -> Workload:
+        import torchvision
+
+        builders = {**vars(torchvision.models), **vars(torchvision.models.video)}
+        model = builders[name](weights=None, **options)
+        return Workload(model, (torch.randn(batch, *shape),), _classification_loss, torch.randint(0, 400, (batch,)))
+
+    return build
+
+
+def _classification_loss(output: Any, target: Tensor) -> Tensor:
+    """Cross entropy; googlenet and inception_v3 add their auxiliary heads, weighted as in their papers."""
+    if isinstance(output, Tensor):
+        return F.cross_entropy(output, target)
+    main, *others = (head for head in output if head is not None)
+    weight = 0.3 if len(others) == 2 else 0.4
+    return F.cross_entropy(main, target) + weight * sum(F.cross_entropy(head, target) for head in others)
+
+
+def _segmentation(batch: int) -> Workload:
+    import torchvision
+
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    target = torch.randint(0, 21, (batch, 224, 224))
+    return Workload(model, (torch.randn(batch, 3, 224, 224),), _segmentation_loss, target)
+
+
+def _segmentation_loss(output: dict[str, Tensor], target: Tensor) -> Tensor:
+    return F.cross_entropy(output["out"], target) + 0.5 * F.cross_entropy(output["aux"], target)
+
+
+def _optical_flow(batch: int) -> Workload:
+    import torchvision
+
+    model = torchvision.models.optical_flow.raft_small(weights=None)
+    frames = (torch.rand(batch, 3, 128, 128) * 2 - 1, torch.rand(batch, 3, 128, 128) * 2 - 1)
+    return Workload(model, frames, _flow_loss, torch.randn(batch, 2, 128, 128))
+
+
+def _flow_loss(flows: list[Tensor], target: Tensor) -> Tensor:
+    weights = [0.8 ** (len(flows) - 1 - i) for i in range(len(flows))]
+    return torch.stack([w * (flow - target).abs().mean() for w, flow in zip(weights, flows, strict=True)]).sum()
+
+
+def _transformer(**options: int) -> Callable[[int], Workload]:
+    def build(batch: int) -> Workload:
+        return Workload(nn.Transformer(**options), (torch.rand(10, batch, 512), torch.rand(20, batch, 512)))
+
+    return build
+
+
+def _language(model_class: str, config_class: str, *, length: int = 128, **config: Any) -> Callable[[int], Workload]:
+    def build(batch: int) -> Workload:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        settings = getattr(transformers, config_class)(use_cache=False, **config)
+        model = getattr(transformers, model_class)(settings)
+        ids = torch.randint(5, settings.vocab_size, (batch, length))
+        return Workload(model, {"input_ids": ids, "labels": ids.clone()})
+
+    return build
+
+
+MODELS: dict[str, Callable[[int], Workload]] = {
+    "alexnet": _classifier("alexnet"),
+    "bert": _language("RobertaForMaskedLM", "RobertaConfig", vocab_size=50265, max_position_embeddings=514),
+    "deeplabv3_resnet50": _segmentation,
+    "efficientnet_b0": _classifier("efficientnet_b0"),
+    "googlenet": _classifier("googlenet", init_weights=False),
+    "gpt2": _language("GPT2LMHeadModel", "GPT2Config"),
+    "inception_v3": _classifier("inception_v3", shape=(3, 299, 299), init_weights=False),
+    "llama": _language(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=14,
+        num_attention_heads=12,
+    ),
+    "mnasnet0_5": _classifier("mnasnet0_5"),
+    "mobilenet_v2": _classifier("mobilenet_v2"),
+    "r3d_18": _classifier("r3d_18", shape=(3, 16, 112, 112)),
+    "raft_small": _optical_flow,
+    "resnet18": _classifier("resnet18"),
+    "resnet50": _classifier("resnet50"),
+    "squeezenet1_0": _classifier("squeezenet1_0"),
+    "swin_t": _classifier("swin_t"),
+    "transformer": _transformer(nhead=1, num_encoder_layers=1, num_decoder_layers=1),
+    "transformer_dflt": _transformer(),
+    "vgg11": _classifier("vgg11"),
+    "vgg16": _classifier("vgg16"),
+    "vgg19": _classifier("vgg19"),
+    "vit_b_16": _classifier("vit_b_16"),
+    "xlmr": _language("XLMRobertaForMaskedLM", "XLMRobertaConfig", vocab_size=250002, max_position_embeddings=514),
+}
+QUICK = ("resnet18", "googlenet", "vit_b_16", "gpt2", "transformer_dflt")
+
+
+# ---------------------------------------------------------------------------------- one row
+
+
+@dataclass
+class Row:
+    """One case and its figures; bytes are those above what lives across steps."""
+
+    model: str
+    batch_size: int
+    mode: str
+    ops: int | None = None
+    persistent_bytes: int | None = None
+    simulated_eager_bytes: int | None = None
+    simulated_planned_bytes: int | None = None
+    lower_bound_bytes: int | None = None
+    gap: float | None = None
+    status: str | None = None
+    capture_seconds: float | None = None
+    planning_seconds: float | None = None
+    measured_eager_bytes: int | None = None
+    measured_planned_bytes: int | None = None
+    measured_saving: float | None = None
+    eager_step_seconds: float | None = None
+    planned_step_seconds: float | None = None
+    time_ratio: float | None = None
+    error: str = field(default="")
+
+
+def run_case(name: str, batch: int, mode: str, options: argparse.Namespace) -> Row:
+    """Plan one case and, where it fits, run and measure it. Errors become part of the row."""
+    row = Row(name, batch, mode)
+    try:
+        _fill(row, options)
+    except Exception as error:  # one failing model must not end the run
+        row.error = f"{type(error).__name__}: {error}".replace("\n", " ")
+    gc.collect()
+    return row
+
+
+def _fill(row: Row, options: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    train = row.mode == "train"
+    workload = MODELS[row.model](row.batch_size)
+    workload.model.train(train)
+    if not train and isinstance(workload.inputs, dict):
+        workload.inputs.pop("labels")
+    optimizer = torch.optim.SGD(workload.model.parameters(), lr=1e-3, momentum=0.9) if train else None
+    step = olla.optimize(
+        workload.model,
+        workload.inputs,
+        loss_fn=workload.loss_fn if train else None,
+        targets=workload.targets if train else None,
+        optimizer=optimizer,
+        reorder=not options.skip_node_ordering,
+        progress=False,
+    )
+    plan = step.plan
+    row.ops = len(plan.order)
+    row.persistent_bytes = plan.persistent_bytes
+    row.capture_seconds, row.planning_seconds = step.capture_seconds, plan.seconds
+    if not options.skip_simulation:
+        row.simulated_eager_bytes, row.simulated_planned_bytes = plan.baseline_peak_bytes, plan.peak_bytes
+        row.lower_bound_bytes, row.gap, row.status = plan.lower_bound_bytes, plan.gap, plan.status
+    # Measuring keeps a copy of what lives across steps; half as much again for workspaces.
+    needed = plan.persistent_bytes * 2 + plan.baseline_peak_bytes * 3 // 2
+    if options.execute is False or (options.execute is None and needed > _available_bytes()):
+        return
+    measured = workload.call(step.measure, train=train)
+    row.measured_eager_bytes, row.measured_planned_bytes = measured.baseline_peak_bytes, measured.peak_bytes
+    row.measured_saving, row.time_ratio = measured.saving, measured.time_ratio
+    row.eager_step_seconds, row.planned_step_seconds = measured.baseline_step_seconds, measured.step_seconds
+
+
+def _available_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------------------------- the table
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row.model,
+    "batch": lambda row: str(row.batch_size),
+    "mode": lambda row: row.mode,
+    "ops": lambda row: _number(row.ops),
+    "eager MiB": lambda row: _mebibytes(row.simulated_eager_bytes),
+    "planned": lambda row: _mebibytes(row.simulated_planned_bytes),
+    "gap": lambda row: "-" if row.gap is None else f"{row.gap:.2%}",
+    "status": lambda row: row.status or "-",
+    "capture s": lambda row: _seconds(row.capture_seconds),
+    "plan s": lambda row: _seconds(row.planning_seconds),
+    "eager MiB, measured": lambda row: _mebibytes(row.measured_eager_bytes),
+    "planned, measured": lambda row: _mebibytes(row.measured_planned_bytes),
+    "saved": lambda row: "-" if row.measured_saving is None else f"{row.measured_saving:.1%}",
+    "time": lambda row: "-" if row.time_ratio is None else f"{row.time_ratio:.2f} x",
+    "error": lambda row: row.error[:60],
+}
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.1f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def show(cases: list[tuple[str, int, str]], options: argparse.Namespace) -> Iterator[Row]:
+    """Run the cases, with a table and a progress bar that grow while they run."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    rows: list[Row] = []
+    progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    task = progress.add_task("", total=len(cases))
+    with Live(Group(_table(rows), progress), console=console, transient=True) as live:
+        for name, batch, mode in cases:
+            progress.update(task, description=f"{name}, batch {batch}, {mode}")
+            rows.append(run_case(name, batch, mode, options))
+            progress.advance(task)
+            live.update(Group(_table(rows), progress), refresh=True)
+            yield rows[-1]
+    console.print(_table(rows))
+
+
+def _table(rows: list[Row]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Peak above what lives across steps: eager PyTorch and OLLA")
+    shown = {name: text for name, text in _COLUMNS.items() if name != "error" or any(row.error for row in rows)}
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("model", "mode", "status", "error") else "right")
+    for row in rows:
+        table.add_row(*(text(row) for text in shown.values()))
+    return table
+
+
+def write_log(rows: list[Row], path: Path, *, append: bool) -> None:
+    """Write the rows as CSV; with ``append``, below those that are there."""
+    import pandas
+
+    frame = pandas.DataFrame([asdict(row) for row in rows])
+    if append and path.exists():
+        frame = pandas.concat([pandas.read_csv(path), frame])
+    frame.to_csv(path, index=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmarks; returns the exit status: 0 if at least one case ran without an error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-b", "--batch-size", type=int, action="append", help="may be repeated; default 1 and 32")
+    parser.add_argument(
+        "-m", "--model", choices=sorted(MODELS), action="append", metavar="NAME", help="may be repeated; default all"
+    )
+    parser.add_argument("--mode", choices=("eval", "train"), action="append", help="may be repeated; default both")
+    parser.add_argument("--log-path", type=Path, default=Path("benchmarks.csv"), help="default %(default)s")
+    parser.add_argument("--append-log", action="store_true", help="keep the rows that the log holds already")
+    parser.add_argument("--skip-simulation", action="store_true", help="only measure: leave simulated peaks out")
+    parser.add_argument("--skip-node-ordering", action="store_true", help="run the ops in program order")
+    parser.add_argument(
+        "--execute",
+        action=argparse.BooleanOptionalAction,
+        help="run both sides and measure, or never; default: if the step fits into memory",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{', '.join(QUICK)} at batch 1 in training mode, unless said otherwise"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the models and stop")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(MODELS))
+        return 0
+    names = options.model or list(QUICK if options.quick else MODELS)
+    batches = options.batch_size or ([1] if options.quick else [1, 32])
+    modes = options.mode or (["train"] if options.quick else ["train", "eval"])
+    if min(batches) < 1:
+        parser.error("--batch-size must be positive")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    rows = []
+    for row in show(list(product(names, batches, modes)), options):
+        rows.append(row)
+        write_log([row], options.log_path, append=options.append_log or len(rows) > 1)
+    print(f"The figures are in {options.log_path}.")
+    return 0 if any(not row.error for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

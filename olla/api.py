@@ -1,0 +1,209 @@
+"""The front door: what the user gives becomes a program, and a program becomes a planned step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from olla.capture.program import Program
+from olla.capture.updates import needs_closure
+from olla.errors import CaptureError
+from olla.graph.plan import Plan
+from olla.step import Step
+
+__all__ = ["optimize", "optimize_step", "plan"]
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def optimize(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    reorder: bool = True,
+    time_limit: float = 60.0,
+    progress: bool | None = None,
+) -> Step:
+    """Plan one step of ``model`` that needs less memory and computes the same numbers.
+
+    With a loss, a target, an optimizer or a model in training mode it is a training step: it stands
+    for ``zero_grad(set_to_none=True)``, forward, loss, ``backward()`` and ``optimizer.step()``.
+    Without an optimizer, gradients are added to ``.grad`` as ``backward()`` does. Otherwise it is
+    an inference under ``torch.no_grad()``.
+
+    Parameters
+    ----------
+    model
+        A live module; its parameters and buffers are updated in place.
+    inputs
+        An example of what the model takes: a tensor, a tuple or list (positional arguments), or a
+        dict (keyword arguments). Values do not matter, shapes and dtypes do.
+    loss_fn, targets
+        The loss is ``loss_fn(output, *targets)``. Without ``loss_fn``: the output if it is a
+        scalar, else ``output.loss``, else ``output.sum()``.
+    optimizer
+        A live optimizer. Its hyper-parameters are read whenever the step runs, so schedulers work.
+    reorder
+        Whether to search for a better order than program order.
+    time_limit
+        Seconds for planning; the best plan so far is used.
+    progress
+        Show a progress line; by default on a terminal only.
+
+    Returns
+    -------
+    Step
+        Call it as ``step(*inputs, targets=targets)`` (``step(**inputs, ...)`` for a dict); it
+        returns the loss, detached, or the output of the inference. Another shape, dtype or mode
+        is planned when it first occurs.
+
+    Raises
+    ------
+    CaptureError
+        If the step cannot be captured; nothing was changed.
+    """
+    program = _program(model, loss_fn, targets, optimizer)
+    args, kwargs = _arguments(inputs, targets)
+    step = Step(
+        program,
+        reorder=reorder,
+        time_limit=time_limit,
+        progress=progress,
+        closure_of=optimizer if optimizer is not None and needs_closure(optimizer) else None,
+    )
+    step.prepare(*args, **kwargs)
+    return step
+
+
+def optimize_step(
+    function: Callable[..., Any],
+    example_args: Sequence[Any] | Mapping[str, Any],
+    *,
+    model: nn.Module | Sequence[nn.Module],
+    optimizer: Optimizer | Sequence[Optimizer] = (),
+    reorder: bool = True,
+    time_limit: float = 60.0,
+    progress: bool | None = None,
+) -> Step:
+    """Plan a step function of your own: autocast, clipping, accumulation, several losses.
+
+    Parameters
+    ----------
+    function
+        Runs one step on ``model`` through ``optimizer``, as it does today. It must do all its work
+        in tensor operations: Python code runs once, while planning. Step schedulers outside of it.
+    example_args
+        An example of its arguments: a tuple or list, or a dict of keyword arguments.
+    model, optimizer
+        All modules whose parameters or buffers it touches, and all optimizers that it steps.
+    reorder, time_limit, progress
+        As for :func:`optimize`.
+
+    Returns
+    -------
+    Step
+        Call it as you call ``function``. Gradients that an optimizer has used up are dropped
+        (``.grad`` is None afterwards) if the function starts by clearing them.
+
+    Raises
+    ------
+    CaptureError
+        If the step cannot be captured; nothing was changed.
+    """
+    if isinstance(example_args, Tensor):
+        raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
+    step = Step(Program(function, modules, optimizers), reorder=reorder, time_limit=time_limit, progress=progress)
+    args, kwargs = _arguments(example_args, None)
+    step.prepare(*args, **kwargs)
+    return step
+
+
+def plan(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    reorder: bool = True,
+    time_limit: float = 60.0,
+    progress: bool | None = None,
+) -> Plan:
+    """Plan as :func:`optimize` does, and only plan: nothing is allocated and nothing will run.
+
+    Model and inputs may be on the meta device or fake; they are planned as if on the CPU.
+
+    Raises
+    ------
+    CaptureError
+        If the step cannot be captured.
+    """
+    step = Step(_program(model, loss_fn, targets, optimizer), reorder=reorder, time_limit=time_limit, progress=progress)
+    args, kwargs = _arguments(inputs, targets)
+    return step.plan_for(*args, **kwargs)
+
+
+def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    named = {} if targets is None else {"targets": targets}
+    if isinstance(inputs, Tensor):
+        return (inputs,), named
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **named}
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        return tuple(inputs), named
+    raise CaptureError(
+        f"inputs is a {type(inputs).__name__}: pass a tensor, a tuple of positional or a dict of keyword arguments"
+    )
+
+
+def _program(model: nn.Module, loss_fn: Any, targets: Any, optimizer: Optimizer | None) -> Program:
+    if targets is not None and loss_fn is None:
+        raise CaptureError("targets without a loss_fn: pass the function that compares them with the output")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    training = model.training or loss_fn is not None or optimizer is not None
+    modules = {"model": model}
+    if isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.modules()):
+        modules["loss_fn"] = loss_fn
+
+    def infer(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    def train(*args: Any, targets: Any = None, **kwargs: Any) -> Tensor:
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+        loss = _loss(model(*args, **kwargs), loss_fn, targets)
+        loss.backward()
+        if optimizer is not None and not needs_closure(optimizer):
+            optimizer.step()
+        return loss
+
+    optimizers = () if optimizer is None else (optimizer,)
+    return Program(train if training else infer, modules, optimizers)
+
+
+def _loss(output: Any, loss_fn: Callable[..., Any] | None, targets: Any) -> Tensor:
+    if loss_fn is not None:
+        expected = () if targets is None else tuple(targets) if isinstance(targets, (tuple, list)) else (targets,)
+        loss = loss_fn(output, *expected)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise CaptureError(f"loss_fn returns {what}: it must return one number, as a tensor")
+        return loss
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    if isinstance(output, Tensor):
+        return output if output.numel() == 1 else output.sum()
+    raise CaptureError(f"the model returns a {type(output).__name__} without a .loss: pass a loss_fn")

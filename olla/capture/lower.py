@@ -1,0 +1,173 @@
+"""A traced step to a dataflow graph: which bytes each operator touches.
+
+Nothing here knows an operator by name. Two tensors share a storage if PyTorch says so; a call that
+only hands out tensors on storages it was given is a view and costs nothing; what a call writes
+stands in its schema. The few operators whose schema hides a write are listed in one table, and a
+test looks for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree
+
+from olla.capture.program import Program
+from olla.capture.trace import Trace
+from olla.capture.updates import UPDATE, state_bytes
+from olla.capture.workspace import workspace_bytes
+from olla.graph.graph import Graph, Op, Storage
+from olla.torch_private import storage_key
+
+__all__ = ["Lowered", "lower"]
+
+# Arguments that an operator writes although its schema does not say so, and the one that enables it.
+_UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int]] = {
+    torch.ops.aten.native_batch_norm.default: ((3, 4), 5),
+    torch.ops.aten.cudnn_batch_norm.default: ((3, 4), 5),
+    torch.ops.aten.miopen_batch_norm.default: ((3, 4), 5),
+}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph, and the traced call that each of its ops stands for."""
+
+    graph: Graph
+    nodes: tuple[fx.Node, ...]  # nodes[i] is op i; all other calls are views, run when needed
+    view_storage: Mapping[fx.Node, int]  # the storage that each view is on
+
+
+def lower(program: Program, traced: Trace) -> Lowered:
+    """Lower ``traced``. Names of storages and sources of ops are for people."""
+    builder = _Builder()
+    names = iter([*(program.display_name(n) for n in program.state), *(f"{n}.grad" for n in traced.gradients_in)])
+    for node in traced.module.graph.nodes:
+        if node.op == "placeholder":
+            builder.add_persistent(node, next(names, node.name))
+        elif node.op == "get_attr":
+            builder.add_persistent(node, node.name)
+        elif node.op == "call_function":
+            if node.target is UPDATE:
+                builder.add_update(program, traced, node)
+            elif builder.is_view(node):
+                builder.add_view(node)
+            else:
+                builder.add_op(node)
+    outputs = builder.existing(traced.module.graph.output_node().all_input_nodes)
+    graph = Graph(tuple(builder.ops), tuple(builder.storages), tuple(sorted(outputs)))
+    return Lowered(graph, tuple(builder.nodes), builder.view_storage)
+
+
+@dataclass
+class _Builder:
+    ops: list[Op] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    ids: dict[int, int] = field(default_factory=dict)  # key of a torch storage -> our id
+    view_storage: dict[fx.Node, int] = field(default_factory=dict)
+    optimizer_state: dict[tuple[int, int], int] = field(default_factory=dict)  # optimizer, parameter -> our id
+    generator: int | None = None
+
+    def add_persistent(self, node: fx.Node, name: str) -> None:
+        for tensor in _tensors(node):
+            self._add_storage(tensor, name, persistent=True)
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the call only hands out tensors on storages that exist: no bytes, no effect."""
+        results = _tensors(node)
+        if not results or _writes(node) or _is_random(node):
+            return False
+        return all(storage_key(tensor) in self.ids for tensor in results)
+
+    def add_view(self, node: fx.Node) -> None:
+        for storage in self.existing([node]):
+            self.view_storage[node] = storage
+
+    def add_op(self, node: fx.Node) -> None:
+        writes = self.existing(_writes(node))
+        if _is_random(node):
+            writes |= {self._generator()}
+        reads = self.existing(node.all_input_nodes) - writes
+        creates = [self._add_storage(t, node.name) for t in _tensors(node) if storage_key(t) not in self.ids]
+        self._append(node, str(node.target), creates, reads, writes)
+
+    def add_update(self, program: Program, traced: Trace, node: fx.Node) -> None:
+        slot = node.args[2]
+        assert isinstance(slot, int)
+        update = traced.updates[slot]
+        names = {id(tensor): program.display_name(name) for name, tensor in program.state.items()}
+        label = "all" if update.whole else " and ".join(names[id(p)] for p in update.parameters_updated)
+        writes = self.existing(node.all_input_nodes)
+        for parameter in update.parameters_updated:
+            key = (id(update.optimizer), id(parameter))
+            if key not in self.optimizer_state:
+                self.optimizer_state[key] = len(self.storages)
+                name = f"optimizer state of {names[id(parameter)]}"
+                self.storages.append(Storage(name, state_bytes(update.optimizer, parameter), persistent=True))
+            writes |= {self.optimizer_state[key]}
+        if update.whole:
+            writes |= {self._generator()}  # it may draw random numbers
+        self._append(node, f"update {label}", [], set(), writes)
+
+    def existing(self, nodes: Iterable[fx.Node]) -> set[int]:
+        return {self.ids[storage_key(tensor)] for node in nodes for tensor in _tensors(node)}
+
+    def _append(self, node: fx.Node, name: str, creates: list[int], reads: set[int], writes: set[int]) -> None:
+        self.ops.append(
+            Op(name, tuple(creates), tuple(sorted(reads)), tuple(sorted(writes)), workspace_bytes(node), _source(node))
+        )
+        self.nodes.append(node)
+
+    def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False) -> int:
+        key = storage_key(tensor)
+        if key not in self.ids:
+            self.ids[key] = len(self.storages)
+            self.storages.append(Storage(name, tensor.untyped_storage().nbytes(), persistent))
+        return self.ids[key]
+
+    def _generator(self) -> int:
+        if self.generator is None:
+            self.generator = len(self.storages)
+            self.storages.append(Storage("random generator", 0, persistent=True))
+        return self.generator
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    return [value for value in _pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+
+
+def _writes(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the call changes in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    written: list[fx.Node] = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            written.extend(_nodes(value))
+    positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), 0))
+    if positions and node.args[enabled_by]:
+        written.extend(found for position in positions for found in _nodes(node.args[position]))
+    return written
+
+
+def _nodes(value: object) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _nodes(item)
+
+
+def _is_random(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _source(node: fx.Node) -> str:
+    """The innermost line of code outside PyTorch that led to the call, as ``file:line``."""
+    return ""

@@ -1,0 +1,140 @@
+"""Operators taken apart where the whole needs memory that its parts do not; the bits stay the same.
+
+Only one so far. On the CPU, ``convolution_backward`` computes the gradient of the weight in a blocked
+layout and then copies it, so that it holds the weight's size twice. The rows of that gradient do
+not depend on one another, so it can be computed some output channels at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["rewrite", "slices_that_keep_the_bits", "weight_gradient"]
+
+_BACKWARD = torch.ops.aten.convolution_backward.default
+_WORTH_IT = 4  # the weight must be so many times larger than the activations that each slice reads again
+_SMALLEST = 4 * 2**20  # bytes of a weight below which a second copy does not matter
+_CHANNELS = 64  # in one slice at least: full vectors for the kernels
+_SLICES = 8
+
+
+def rewrite(module: fx.GraphModule) -> None:
+    """Take apart what is worth it, in place."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=_BACKWARD):
+        slices = _slices(node)
+        if slices > 1:
+            _split(graph, node, slices)
+
+
+def weight_gradient(
+    gradient: Tensor,
+    input: Tensor,  # noqa: A002  (the name that torch gives it)
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    slices: int,
+) -> Tensor:
+    """The gradient of a convolution's weight, computed in ``slices`` equal parts of its output channels."""
+    result = torch.empty_like(weight)
+    zeros = [0] * len(stride)
+    step = len(weight) // slices
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        _, part, _ = _BACKWARD(
+            gradient[:, rows],
+            input,
+            weight[rows],
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            zeros,
+            1,
+            [False, True, False],
+        )
+        result[rows] = part
+        del part
+    return result
+
+
+def slices_that_keep_the_bits(node: fx.Node) -> int:
+    """The number of slices for a ``weight_gradient`` node: as planned if this machine's kernels agree, else 1.
+
+    Kernels may add in another order for another number of channels, so both ways are run once on
+    random numbers of the shapes in question.
+    """
+    gradient, input_, weight, stride, padding, dilation, slices = node.args
+    shapes = tuple(tuple(_value(argument).shape) for argument in (gradient, input_, weight))
+    settings = (tuple(_ints(stride)), tuple(_ints(padding)), tuple(_ints(dilation)))
+    assert isinstance(slices, int)
+    kept = _keeps_bits(shapes, _value(weight).dtype, settings, slices, torch.get_num_threads())
+    return slices if kept else 1
+
+
+@cache
+def _keeps_bits(
+    shapes: tuple[Any, ...], dtype: torch.dtype, settings: tuple[Any, ...], slices: int, threads: int
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    gradient, input_, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    stride, padding, dilation = settings
+    sliced, whole = (weight_gradient(gradient, input_, weight, stride, padding, dilation, n) for n in (slices, 1))
+    return torch.equal(sliced, whole)
+
+
+def _slices(node: fx.Node) -> int:
+    """In how many slices the weight's gradient of ``node`` should be computed; 1 to leave it alone."""
+    gradient, input_, weight, _, _, _, _, transposed, _, groups, mask = node.args
+    values = [_value(argument) for argument in (gradient, input_, weight)]
+    if transposed or groups != 1 or not _ints(mask)[1] or values[2].device.type != "cpu":
+        return 1
+    activations, size = sum(_bytes(value) for value in values[:2]), _bytes(values[2])
+    made = next((user for user in node.users if user.args[1] == 1), None)
+    if size < _SMALLEST or size < _WORTH_IT * activations or made is None:
+        return 1
+    if _value(made).stride() != values[2].stride():
+        return 1
+    return math.gcd(_SLICES, max(1, len(values[2]) // _CHANNELS)) if len(values[2]) % _SLICES == 0 else 1
+
+
+def _split(graph: fx.Graph, node: fx.Node, slices: int) -> None:
+    gradient, input_, weight, bias, stride, padding, dilation, transposed, output_padding, groups, mask = node.args
+    made = next(user for user in node.users if user.args[1] == 1)
+    with graph.inserting_before(node):
+        part = graph.call_function(weight_gradient, (gradient, input_, weight, stride, padding, dilation, slices))
+        part.meta = dict(made.meta)
+    made.replace_all_uses_with(part)
+    graph.erase_node(made)
+    wanted = _ints(mask)
+    rest = (bool(wanted[0]), False, bool(wanted[2]))
+    if not any(rest):
+        graph.erase_node(node)
+        return
+    node.args = (
+        gradient, input_, weight, bias, stride, padding, dilation, transposed, output_padding, groups, list(rest),
+    )  # fmt: skip
+    results = node.meta["val"]
+    node.meta["val"] = tuple(value if keep else None for value, keep in zip(results, rest, strict=True))
+
+
+def _value(argument: Any) -> Tensor:
+    value = argument.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _ints(argument: Any) -> list[int]:
+    return list(argument)

@@ -1,0 +1,1 @@
+"""The nouns: graph, lifetimes, plan, and the checker of plans. No torch, no solver."""

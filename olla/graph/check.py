@@ -1,0 +1,216 @@
+"""The independent checker: it recomputes what a plan claims, and trusts nothing.
+
+It shares no code with the planners, nor with ``lifetimes.py``: it runs the order on paper, one
+step at a time, keeping track of which storages exist and what they contain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from olla.errors import InvalidPlanError
+from olla.graph.graph import Graph
+from olla.graph.plan import Plan
+
+__all__ = ["Violation", "ViolationKind", "check", "verify"]
+
+
+class ViolationKind(Enum):
+    """What can be wrong with a plan."""
+
+    WRONG_GRAPH = "the plan was made for another graph"
+    UNKNOWN_OP = "the order names an op that does not exist"
+    MISSING_OP = "an op never runs"
+    UNDECLARED_REPEAT = "an op runs again without being declared as recomputed, or the reverse"
+    REPEATED_EFFECT = "an op that changes persistent state, or draws random numbers, runs twice"
+    ABSENT_STORAGE = "an op touches a storage that is not in memory"
+    STALE_STORAGE = "an op touches a storage whose contents are older or newer than in program order"
+    WRONG_PEAK = "the peak is not what the order needs"
+    WRONG_BASELINE = "the baseline is not what program order needs"
+    WRONG_PERSISTENT = "the persistent bytes are not those of the graph"
+    BOUND_ABOVE_PEAK = "the lower bound exceeds the peak that is reached"
+    WRONG_OFFSETS = "there is not one offset for each life of each storage"
+    OUTSIDE_ARENA = "a storage leaves the arena"
+    OVERLAP = "two storages that are alive together share bytes"
+    WRONG_ARENA = "the arena is larger than its highest address"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong with a plan, and where."""
+
+    kind: ViolationKind
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: {self.detail}"
+
+
+@dataclass(slots=True)
+class _Life:
+    storage: int
+    start: int
+    end: int  # half-open
+
+
+def check(graph: Graph, plan: Plan) -> tuple[Violation, ...]:
+    """Everything that is wrong with ``plan`` as a plan for ``graph``; empty if it is sound."""
+    if plan.graph_digest != graph.digest:
+        return (Violation(ViolationKind.WRONG_GRAPH, "the digests differ; plan this graph again"),)
+    unknown = [op for op in plan.order if not 0 <= op < len(graph.ops)]
+    if unknown:
+        return (Violation(ViolationKind.UNKNOWN_OP, f"op {unknown[0]} of {len(graph.ops)}"),)
+    return (*_completeness(graph, plan), *_contents(graph, plan), *_bytes(graph, plan), *_addresses(graph, plan))
+
+
+def verify(graph: Graph, plan: Plan) -> None:
+    """Raise unless :func:`check` finds nothing.
+
+    Raises
+    ------
+    InvalidPlanError
+        With the first violations spelled out.
+    """
+    violations = check(graph, plan)
+    if violations:
+        shown = "; ".join(str(violation) for violation in violations[:3])
+        raise InvalidPlanError(f"{len(violations)} violation(s): {shown}")
+
+
+def _completeness(graph: Graph, plan: Plan) -> Iterator[Violation]:
+    runs = [0] * len(graph.ops)
+    for op in plan.order:
+        runs[op] += 1
+    for op, count in enumerate(runs):
+        where = _op(graph, op)
+        if count == 0:
+            yield Violation(ViolationKind.MISSING_OP, where)
+            continue
+        declared = plan.recomputed.count(op)
+        if count - 1 != declared:
+            yield Violation(
+                ViolationKind.UNDECLARED_REPEAT, f"{where} runs {count} times, {declared} recomputations are declared"
+            )
+        if count > 1 and any(graph.storages[s].persistent for s in graph.ops[op].writes):
+            yield Violation(ViolationKind.REPEATED_EFFECT, where)
+
+
+def _contents(graph: Graph, plan: Plan) -> Iterator[Violation]:
+    """Every op finds in each storage the contents that it would find in program order.
+
+    The contents are counted: a storage just created is at version 1, a persistent one starts at
+    version 0, and each op that writes it in place takes it to the next version.
+    """
+    expected = _versions_in_program_order(graph)
+    version = {index: 0 for index, storage in enumerate(graph.storages) if storage.persistent}
+    for step, index in enumerate(plan.order):
+        op = graph.ops[index]
+        for storage in op.reads + op.writes:
+            where = f"step {step}, {_op(graph, index)}, {_storage(graph, storage)}"
+            if storage not in version:
+                yield Violation(ViolationKind.ABSENT_STORAGE, where)
+            elif version[storage] != expected[index, storage]:
+                found = f"version {version[storage]} instead of {expected[index, storage]}"
+                yield Violation(ViolationKind.STALE_STORAGE, f"{where}: {found}")
+        for storage in op.creates:
+            version[storage] = 1
+        for storage in op.writes:
+            version[storage] = expected[index, storage] + 1
+    for storage in graph.outputs:
+        final = sum(storage in op.creates + op.writes for op in graph.ops)
+        if version.get(storage) != final:
+            where = f"at the end, output {_storage(graph, storage)}"
+            yield Violation(ViolationKind.STALE_STORAGE, f"{where}: version {version.get(storage)} instead of {final}")
+
+
+def _versions_in_program_order(graph: Graph) -> dict[tuple[int, int], int]:
+    version = [0] * len(graph.storages)
+    expected: dict[tuple[int, int], int] = {}
+    for index, op in enumerate(graph.ops):
+        for storage in op.reads + op.writes:
+            expected[index, storage] = version[storage]
+        for storage in op.creates + op.writes:
+            version[storage] += 1
+    return expected
+
+
+def _bytes(graph: Graph, plan: Plan) -> Iterator[Violation]:
+    peak = _peak(graph, plan.order)
+    if plan.peak_bytes != peak:
+        yield Violation(ViolationKind.WRONG_PEAK, f"{plan.peak_bytes:,} bytes claimed, {peak:,} needed")
+    if plan.lower_bound_bytes > peak:
+        yield Violation(ViolationKind.BOUND_ABOVE_PEAK, f"bound {plan.lower_bound_bytes:,}, peak {peak:,} bytes")
+    baseline = _peak(graph, tuple(range(len(graph.ops))))
+    if plan.baseline_peak_bytes != baseline:
+        yield Violation(ViolationKind.WRONG_BASELINE, f"{plan.baseline_peak_bytes:,} claimed, {baseline:,} needed")
+    persistent = sum(storage.size for storage in graph.storages if storage.persistent)
+    if plan.persistent_bytes != persistent:
+        yield Violation(ViolationKind.WRONG_PERSISTENT, f"{plan.persistent_bytes:,} claimed, {persistent:,} needed")
+
+
+def _peak(graph: Graph, order: tuple[int, ...]) -> int:
+    starting: list[int] = [0] * (len(order) + 1)
+    ending: list[int] = [0] * (len(order) + 1)
+    for life in _lives(graph, order):
+        starting[life.start] += graph.storages[life.storage].size
+        ending[life.end] += graph.storages[life.storage].size
+    peak = live = 0
+    for step, index in enumerate(order):
+        live += starting[step] - ending[step]
+        peak = max(peak, live + graph.ops[index].workspace)
+    return peak
+
+
+def _addresses(graph: Graph, plan: Plan) -> Iterator[Violation]:
+    if plan.offsets is None:
+        if plan.arena_bytes is not None:
+            yield Violation(ViolationKind.WRONG_OFFSETS, "an arena without offsets")
+        return
+    lives = _lives(graph, plan.order)
+    if plan.arena_bytes is None or len(plan.offsets) != len(lives):
+        yield Violation(ViolationKind.WRONG_OFFSETS, f"{len(plan.offsets)} offsets for {len(lives)} lives")
+        return
+    top = 0
+    placed: list[tuple[_Life, int, int]] = []  # alive, lowest address, first address above
+    for life, low in zip(lives, plan.offsets, strict=True):
+        high = low + graph.storages[life.storage].size
+        top = max(top, high)
+        if low < 0 or high > plan.arena_bytes:
+            yield Violation(ViolationKind.OUTSIDE_ARENA, f"{_storage(graph, life.storage)} at [{low:,}, {high:,})")
+        placed = [other for other in placed if other[0].end > life.start]
+        for other, other_low, other_high in placed:
+            if low < other_high and other_low < high:
+                pair = f"{_storage(graph, other.storage)} and {_storage(graph, life.storage)}"
+                yield Violation(ViolationKind.OVERLAP, f"{pair} at step {life.start}")
+        placed.append((life, low, high))
+    if top < plan.arena_bytes:
+        yield Violation(ViolationKind.WRONG_ARENA, f"{plan.arena_bytes:,} bytes claimed, {top:,} used")
+
+
+def _lives(graph: Graph, order: tuple[int, ...]) -> list[_Life]:
+    """One life per creation, sorted by start and storage; see ``live_intervals``."""
+    current: dict[int, _Life] = {}
+    lives: list[_Life] = []
+    for step, index in enumerate(order):
+        op = graph.ops[index]
+        for storage in op.creates:
+            current[storage] = _Life(storage, step, step + 1)
+            lives.append(current[storage])
+        for storage in op.reads + op.writes:
+            if storage in current:
+                current[storage].end = step + 1
+    for storage in graph.outputs:
+        if storage in current:
+            current[storage].end = len(order)
+    lives.sort(key=lambda life: (life.start, life.storage))
+    return lives
+
+
+def _op(graph: Graph, op: int) -> str:
+    return f"op {op} ({graph.ops[op].name!r})"
+
+
+def _storage(graph: Graph, storage: int) -> str:
+    return f"storage {storage} ({graph.storages[storage].name!r})"

@@ -1,0 +1,178 @@
+"""The dataflow graph: which operator touches which bytes.
+
+A graph is a *program*: its ops stand in program order, the order in which they would run without
+OLLA, and each says which storages it creates, reads and overwrites. Everything else (dependencies,
+lifetimes, what a legal schedule is) follows from that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from olla.errors import InvalidGraphError
+
+__all__ = ["Graph", "Op", "Storage"]
+
+FORMAT = "olla-graph-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes in memory that one or several tensors view."""
+
+    name: str
+    size: int  # bytes
+    persistent: bool = False  # lives across steps: parameters, buffers, optimizer state, inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operator call. The tuples hold storage ids, positions in ``Graph.storages``.
+
+    State that is not memory is modelled as a persistent storage of size 0 that the op writes: a
+    random generator, for example, so that draws keep their order and are never repeated.
+    """
+
+    name: str
+    creates: tuple[int, ...] = ()  # storages that this op allocates
+    reads: tuple[int, ...] = ()  # storages that it reads and leaves as they are
+    writes: tuple[int, ...] = ()  # storages that exist already and that it changes in place
+    workspace: int = 0  # bytes that it holds only while it runs
+    source: str = ""  # the line of the model it comes from, if known
+
+    @property
+    def touches(self) -> tuple[int, ...]:
+        """Every storage that must be in memory while the op runs."""
+        return self.creates + self.reads + self.writes
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Ops in program order, the storages they touch, and the storages that outlive the step.
+
+    Ids are positions: op ``i`` is ``ops[i]``, storage ``s`` is ``storages[s]``.
+
+    Raises
+    ------
+    InvalidGraphError
+        For an unknown storage, a negative size, a storage created twice, created although it is
+        persistent, or touched before it exists. The message names the op.
+    """
+
+    ops: tuple[Op, ...]
+    storages: tuple[Storage, ...]
+    outputs: tuple[int, ...] = ()  # storages handed to the caller: live until the end
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Bytes that live across steps, whatever the order."""
+        return sum(storage.size for storage in self.storages if storage.persistent)
+
+    @cached_property
+    def predecessors(self) -> tuple[tuple[int, ...], ...]:
+        """For each op, the ops that must run before it (transitively reduced no further).
+
+        Read after write, write after read and write after write, storage by storage.
+        """
+        last_writer: dict[int, int] = {}
+        readers: dict[int, list[int]] = {}
+        result: list[tuple[int, ...]] = []
+        for index, op in enumerate(self.ops):
+            before = {last_writer[s] for s in op.reads + op.writes if s in last_writer}
+            for storage in op.writes:
+                before.update(readers.get(storage, ()))
+            before.discard(index)
+            result.append(tuple(sorted(before)))
+            for storage in op.reads:
+                readers.setdefault(storage, []).append(index)
+            for storage in op.creates + op.writes:
+                last_writer[storage] = index
+                readers[storage] = []
+        return tuple(result)
+
+    @cached_property
+    def successors(self) -> tuple[tuple[int, ...], ...]:
+        """For each op, the ops that must run after it: ``predecessors`` turned around."""
+        after: list[list[int]] = [[] for _ in self.ops]
+        for index, before in enumerate(self.predecessors):
+            for other in before:
+                after[other].append(index)
+        return tuple(tuple(ops) for ops in after)
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of everything a plan depends on: equal graphs have equal digests."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The graph as JSON-ready data; :meth:`from_dict` reads it back."""
+        return {
+            "format": FORMAT,
+            "ops": [asdict(op) for op in self.ops],
+            "storages": [asdict(storage) for storage in self.storages],
+            "outputs": list(self.outputs),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Graph:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises
+        ------
+        InvalidGraphError
+            If ``data`` is not of that form or describes a graph that contradicts itself.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise InvalidGraphError(f"format is {data['format']!r}, this version reads {FORMAT!r}")
+            ops = tuple(_op_from_dict(entry) for entry in data["ops"])
+            storages = tuple(Storage(**entry) for entry in data["storages"])
+            outputs = tuple(data["outputs"])
+        except (KeyError, TypeError) as error:
+            raise InvalidGraphError(f"not a graph of format {FORMAT!r}: {error!r}") from error
+        return cls(ops, storages, outputs)
+
+
+def _op_from_dict(entry: dict[str, Any]) -> Op:
+    tuples: dict[str, Any] = {key: tuple(entry[key]) for key in ("creates", "reads", "writes") if key in entry}
+    return Op(**(entry | tuples))
+
+
+def _validate(graph: Graph) -> None:
+    for position, storage in enumerate(graph.storages):
+        if storage.size < 0:
+            raise InvalidGraphError(f"storage {position} ({storage.name!r}) has the negative size {storage.size}")
+    exists = {position for position, storage in enumerate(graph.storages) if storage.persistent}
+    for index, op in enumerate(graph.ops):
+        where = f"op {index} ({op.name!r})"
+        if op.workspace < 0:
+            raise InvalidGraphError(f"{where} has the negative workspace {op.workspace}")
+        _require_known(op.touches, graph, where)
+        if len(set(op.touches)) != len(op.touches):
+            raise InvalidGraphError(f"{where} names a storage twice: creates, reads and writes must be disjoint")
+        for created in op.creates:
+            if created in exists:
+                raise InvalidGraphError(f"{where} creates storage {created}, which exists already")
+            exists.add(created)
+        for used in op.reads + op.writes:
+            if used not in exists:
+                raise InvalidGraphError(f"{where} touches storage {used} before any op has created it")
+    _require_known(graph.outputs, graph, "outputs")
+    for output in graph.outputs:
+        if output not in exists:
+            raise InvalidGraphError(f"outputs name storage {output}, which no op creates")
+
+
+def _require_known(storages: Sequence[int], graph: Graph, where: str) -> None:
+    for storage in storages:
+        if not 0 <= storage < len(graph.storages):
+            raise InvalidGraphError(f"{where} names storage {storage}, but there are {len(graph.storages)}")

@@ -1,0 +1,177 @@
+"""What a planner hands over: a schedule (when), a placement (where), and both as one plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from olla.errors import InvalidPlanError
+from olla.graph.graph import Graph
+from olla.graph.lifetimes import peak_bytes
+
+__all__ = ["Placement", "Plan", "Schedule"]
+
+FORMAT = "olla-plan-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A sequence of op ids. An op that stands in it more than once is recomputed."""
+
+    order: tuple[int, ...]
+    peak_bytes: int  # live bytes at the worst step, persistent storages left out
+    lower_bound_bytes: int  # no order of these ops can do better
+    method: str  # the heuristic or search that found the order
+    seconds: float  # spent planning
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An offset in the arena for every life in ``live_intervals(graph, order)``, in that order."""
+
+    offsets: tuple[int, ...]  # bytes from the start of the arena
+    arena_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will happen when the step runs. All sizes are in bytes.
+
+    A plan knows its graph only by its digest: :func:`olla.graph.check.check` tells whether the two
+    belong together and whether everything the plan claims is true.
+    """
+
+    graph_digest: str
+    order: tuple[int, ...]  # op ids, repeats allowed
+    recomputed: tuple[int, ...]  # the ops that run again, once per extra run, sorted
+    peak_bytes: int  # live bytes at the worst step, without what lives across steps
+    persistent_bytes: int  # parameters, buffers, optimizer state, inputs
+    baseline_peak_bytes: int  # the same graph in program order
+    lower_bound_bytes: int  # no order can do better
+    method: str
+    seconds: float
+    offsets: tuple[int, ...] | None = None  # see Placement; None: the allocator decides
+    arena_bytes: int | None = None
+
+    @classmethod
+    def of(cls, graph: Graph, schedule: Schedule, placement: Placement | None = None) -> Plan:
+        """The plan that runs ``schedule`` (at the addresses of ``placement``) on ``graph``."""
+        return cls(
+            graph_digest=graph.digest,
+            order=schedule.order,
+            recomputed=extra_runs(schedule.order),
+            peak_bytes=schedule.peak_bytes,
+            persistent_bytes=graph.persistent_bytes,
+            baseline_peak_bytes=peak_bytes(graph, range(len(graph.ops))),
+            lower_bound_bytes=schedule.lower_bound_bytes,
+            method=schedule.method,
+            seconds=schedule.seconds,
+            offsets=placement.offsets if placement else None,
+            arena_bytes=placement.arena_bytes if placement else None,
+        )
+
+    @property
+    def gap(self) -> float:
+        """How far the peak can be from the best possible one: ``peak / lower bound - 1``."""
+        if self.peak_bytes == self.lower_bound_bytes:
+            return 0.0
+        return self.peak_bytes / self.lower_bound_bytes - 1 if self.lower_bound_bytes else float("inf")
+
+    @property
+    def saving(self) -> float:
+        """The share of the baseline's peak that the plan saves."""
+        return 1 - self.peak_bytes / self.baseline_peak_bytes if self.baseline_peak_bytes else 0.0
+
+    @property
+    def status(self) -> str:
+        """``"optimal"`` if the peak meets its lower bound, else ``"feasible"``."""
+        return "optimal" if self.peak_bytes == self.lower_bound_bytes else "feasible"
+
+    @property
+    def fragmentation(self) -> float | None:
+        """The share of the arena that is wasted at the peak; None without addresses."""
+        if self.arena_bytes is None:
+            return None
+        return 1 - self.peak_bytes / self.arena_bytes if self.arena_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data; :meth:`from_dict` reads it back."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises
+        ------
+        InvalidPlanError
+            If ``data`` is not of that form.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InvalidPlanError(f"not a plan of format {FORMAT!r}")
+        fields = {key: value for key, value in data.items() if key != "format"}
+        for key, expected in _FIELD_TYPES.items():
+            if not isinstance(fields.get(key), expected):
+                raise InvalidPlanError(f"the plan's {key!r} is {fields.get(key)!r}")
+        for key in ("order", "recomputed", "offsets"):
+            if fields.get(key) is not None:
+                fields[key] = _integers(key, fields[key])
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise InvalidPlanError(f"not a plan of format {FORMAT!r}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to ``path`` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote. Nothing in the file is executed.
+
+        Raises
+        ------
+        InvalidPlanError
+            If the file holds no plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InvalidPlanError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "graph_digest": str,
+    "order": (list, tuple),
+    "recomputed": (list, tuple),
+    "peak_bytes": int,
+    "persistent_bytes": int,
+    "baseline_peak_bytes": int,
+    "lower_bound_bytes": int,
+    "method": str,
+    "seconds": (int, float),
+    "offsets": (list, tuple, type(None)),
+    "arena_bytes": (int, type(None)),
+}
+
+
+def extra_runs(order: Sequence[int]) -> tuple[int, ...]:
+    """The ops that stand in ``order`` more than once, once per extra time, sorted."""
+    seen: set[int] = set()
+    extra: list[int] = []
+    for op in order:
+        if op in seen:
+            extra.append(op)
+        seen.add(op)
+    return tuple(sorted(extra))
+
+
+def _integers(key: str, values: Sequence[Any]) -> tuple[int, ...]:
+    for value in values:
+        if type(value) is not int:
+            raise InvalidPlanError(f"the plan's {key!r} holds {value!r}, which is not an integer")
+    return tuple(values)

@@ -1,0 +1,103 @@
+"""What the allocator says happened: peaks and seconds of the planned and the eager step."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from olla.torch_private import allocation_events
+
+__all__ = ["Measurement", "measure"]
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The planned step beside the eager one, run in turn in one process. Bytes and seconds."""
+
+    device: str
+    planned_bytes: int  # what the plan says
+    peak_bytes: int  # what the planned step needed above what was allocated when it began
+    baseline_peak_bytes: int  # the same of the eager step
+    reserved_bytes: int | None  # what CUDA's caching allocator held; None on CPU, which keeps no reserve
+    fragmentation: float | None  # share of the reserved bytes not in use at the peak; None on CPU
+    step_seconds: float  # median
+    baseline_step_seconds: float  # median
+    time_ratio: float  # median over pairs of steps, planned / eager
+
+    @property
+    def saving(self) -> float:
+        """The share of the eager peak that the planned step saves."""
+        return 1 - self.peak_bytes / self.baseline_peak_bytes if self.baseline_peak_bytes else 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the measured peak is the planned one, to the byte."""
+        return self.peak_bytes == self.planned_bytes
+
+
+def measure(planned: Call, eager: Call, *, device: torch.device, planned_bytes: int, pairs: int = 5) -> Measurement:
+    """Run both steps, first for memory, then in turn for time.
+
+    ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change.
+    """
+    peak_of = _cuda_peak if device.type == "cuda" else _cpu_peak
+    for call in (eager, planned):
+        call()  # warm up: optimizer state, caches of the kernels
+    baseline_peak, _ = peak_of(eager, device)
+    peak, reserved = peak_of(planned, device)
+    ratios, planned_seconds, eager_seconds = [], [], []
+    for _ in range(pairs):
+        eager_seconds.append(_seconds(eager, device))
+        planned_seconds.append(_seconds(planned, device))
+        ratios.append(planned_seconds[-1] / eager_seconds[-1])
+    return Measurement(
+        device=str(device),
+        planned_bytes=planned_bytes,
+        peak_bytes=peak,
+        baseline_peak_bytes=baseline_peak,
+        reserved_bytes=reserved,
+        fragmentation=1 - peak / reserved if reserved else None,
+        step_seconds=statistics.median(planned_seconds),
+        baseline_step_seconds=statistics.median(eager_seconds),
+        time_ratio=statistics.median(ratios),
+    )
+
+
+def _cpu_peak(call: Call, device: torch.device) -> tuple[int, None]:
+    """The running sum of all that the CPU allocator gave and took, at its highest; exact to the byte."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    return max(accumulate(size for _, size in allocation_events(profile)), default=0), None
+
+
+def _cuda_peak(call: Call, device: torch.device) -> tuple[int, int]:
+    """From the statistics of CUDA's caching allocator, above the step's start."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before, reserved_before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    call()
+    torch.cuda.synchronize(device)
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return peak - before, reserved - reserved_before
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

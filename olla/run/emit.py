@@ -1,0 +1,94 @@
+"""A planned order as Python code: one line per call, every name dropped at its last use."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from olla.capture.lower import Lowered
+from olla.capture.rewrite import slices_that_keep_the_bits, weight_gradient
+from olla.capture.trace import Trace
+from olla.capture.updates import UPDATE, Update
+
+__all__ = ["emit"]
+
+
+def emit(traced: Trace, lowered: Lowered, order: Sequence[int]) -> fx.GraphModule:
+    """The step of ``traced``, its ops in ``order``; ``.code`` of the result is what runs.
+
+    Views are taken right before they are needed. The parts of a result are taken right after the
+    call, so that the tuple does not keep them all alive.
+    """
+    return _Emitter(traced, lowered).emit(order)
+
+
+class _Emitter:
+    def __init__(self, traced: Trace, lowered: Lowered) -> None:
+        self._traced = traced
+        self._lowered = lowered
+        self._graph = fx.Graph()
+        self._emitted: dict[fx.Node, fx.Node] = {}
+        self._updates: dict[str, Update] = {}
+
+    def emit(self, order: Sequence[int]) -> fx.GraphModule:
+        module = self._traced.module
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                self._copy(node)
+        for index in order:
+            node = self._lowered.nodes[index]
+            if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.inplace_view in node.target.tags:
+                self._take_views_before(index)
+            self._require(node.all_input_nodes)
+            if node.target is UPDATE:
+                self._emit_update(index)
+                continue
+            self._copy(node)
+            for part in node.users:
+                if part.target is operator.getitem and part.users:
+                    self._copy(part)
+        output = module.graph.output_node()
+        self._require(output.all_input_nodes)
+        self._copy(output)
+        constants = {str(n.target): getattr(module, str(n.target)) for n in self._emitted if n.op == "get_attr"}
+        root: dict[str, object] = constants | self._updates
+        return fx.GraphModule(root, self._graph, class_name="PlannedStep")
+
+    def _copy(self, node: fx.Node) -> None:
+        copied = self._graph.node_copy(node, lambda argument: self._emitted[argument])
+        if node.target is weight_gradient:
+            copied.update_arg(6, slices_that_keep_the_bits(node))
+        self._emitted[node] = copied
+
+    def _require(self, nodes: Sequence[fx.Node]) -> None:
+        """Take the views among ``nodes`` (and what they view) that were not taken yet."""
+        pending = [node for node in reversed(nodes) if node not in self._emitted]
+        while pending:
+            missing = [node for node in pending[-1].all_input_nodes if node not in self._emitted]
+            if missing:
+                pending.extend(missing)
+            elif (node := pending.pop()) not in self._emitted:
+                self._copy(node)
+
+    def _take_views_before(self, index: int) -> None:
+        """Op ``index`` reshapes its tensor itself: a view of it that is older must be taken before."""
+        changed = self._lowered.graph.ops[index].writes
+        for node in self._traced.module.graph.nodes:
+            if node is self._lowered.nodes[index]:
+                break
+            if self._lowered.view_storage.get(node) in changed:
+                self._require([node])
+
+    def _emit_update(self, index: int) -> None:
+        _, gradients, slot = self._lowered.nodes[index].args
+        gradients = cast("Sequence[fx.Node]", gradients)
+        assert isinstance(slot, int)
+        name = "".join(c if c.isalnum() else "_" for c in self._lowered.graph.ops[index].name)
+        while name in self._updates:  # stepped more than once
+            name += "_again"
+        self._updates[name] = self._traced.updates[slot]
+        self._graph.call_module(name, tuple(self._emitted[gradient] for gradient in gradients))

@@ -1,0 +1,68 @@
+"""One captured and planned step, ready to be called with live tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from olla.capture.program import Program
+from olla.capture.trace import Trace
+from olla.capture.updates import finish_step
+from olla.torch_private import unflatten
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Feeds the live state and the inputs to the emitted code and hands out what it returns."""
+
+    def __init__(self, program: Program, traced: Trace, code: fx.GraphModule) -> None:
+        self.code = code
+        self._program = program
+        self._traced = traced
+        self._state = list(program.state.values())
+        keep = {*traced.gradient_use.untouched}
+        self._cleared = [program.state[name] for name in program.trainable if name not in keep]
+        self._gradients_in = [program.state[name] for name in traced.gradients_in]
+        self._gradients_out = [program.state[name] for name in traced.gradients_out]
+        # An update over all parameters calls optimizer.step() as it is; single ones must be rounded off.
+        self._to_finish = {id(u.optimizer): u.optimizer for u in traced.updates if not u.whole}.values()
+
+    def fits_gradients(self) -> bool:
+        """Whether the gradients that the step adds to are there, and no others."""
+        present = {n for n in self._traced.gradient_use.accumulating if self._program.state[n].grad is not None}
+        return present == set(self._traced.gradients_in)
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run the step on the leaves of its arguments and return the result of the user's function."""
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        gradients = [parameter.grad for parameter in self._gradients_in]
+        for parameter in self._cleared:
+            parameter.grad = None
+        with torch.no_grad(), _without_autocast():
+            outputs = list(self.code(*self._state, *gradients, *inputs))
+        for optimizer in self._to_finish:
+            finish_step(optimizer)
+        first_gradient = len(outputs) - len(self._gradients_out)
+        for parameter, gradient in zip(self._gradients_out, outputs[first_gradient:], strict=True):
+            parameter.grad = gradient
+        tensors = iter(outputs[:first_gradient])
+        results = [
+            next(tensors) if is_tensor else value
+            for value, is_tensor in zip(self._traced.results, self._traced.result_is_tensor, strict=True)
+        ]
+        return unflatten(results, self._traced.structure)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """The casts are in the code already."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

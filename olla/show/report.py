@@ -1,0 +1,72 @@
+"""The plan and the measurement side by side, for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from olla.graph.plan import Plan
+from olla.measure.measurement import Measurement
+
+__all__ = ["Report", "format_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a step was planned to need and, if it was measured, what it needed. Print it."""
+
+    plan: Plan
+    measurement: Measurement | None
+
+    def __str__(self) -> str:
+        """A table of plain text."""
+        plan, measured = self.plan, self.measurement
+        lines = [
+            f"order       {plan.method}; planned in {plan.seconds:.2f} s",
+            f"proof       {plan.status}: at most {plan.gap:.2%} above {_bound(plan)}, which no order can beat",
+            f"persistent  {format_bytes(plan.persistent_bytes)} (parameters, buffers, optimizer state, inputs)",
+            "",
+            _row("peak above it", "eager", "planned", "saved"),
+            _row(
+                "simulated",
+                format_bytes(plan.baseline_peak_bytes),
+                format_bytes(plan.peak_bytes),
+                f"{plan.saving:.1%}",
+            ),
+        ]
+        if measured is None:
+            return "\n".join([*lines, "measured            not yet: call step.measure(...)"])
+        lines.append(
+            _row(
+                f"measured ({measured.device})",
+                format_bytes(measured.baseline_peak_bytes),
+                format_bytes(measured.peak_bytes),
+                f"{measured.saving:.1%}",
+            )
+        )
+        lines.append(
+            _row(
+                "seconds per step",
+                f"{measured.baseline_step_seconds:.4f}",
+                f"{measured.step_seconds:.4f}",
+                f"{measured.time_ratio:.2f} x",
+            )
+        )
+        if measured.peak_bytes:
+            off = measured.peak_bytes / plan.peak_bytes - 1 if plan.peak_bytes else float("inf")
+            lines.append(f"the measured peak is {off:+.1%} off the planned one (workspaces of operators)")
+        return "\n".join(lines)
+
+
+def _bound(plan: Plan) -> str:
+    return format_bytes(plan.lower_bound_bytes)
+
+
+def _row(name: str, eager: str, planned: str, saved: str) -> str:
+    return f"{name:<18}{eager:>14}{planned:>14}{saved:>10}"
+
+
+def format_bytes(size: int) -> str:
+    """``size`` in MiB (GiB from 10 GiB up)."""
+    if size >= 10 * 2**30:
+        return f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**20:,.2f} MiB"

@@ -1,0 +1,106 @@
+"""The parts of PyTorch that OLLA needs and PyTorch does not promise to keep: all of them are here.
+
+Works with torch 2.11 to 2.14. When a new release moves something, this is the file to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._C._autograd import DeviceType
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree
+
+__all__ = [
+    "DATA_DEPENDENT_ERRORS",
+    "FakeTensor",
+    "TreeSpec",
+    "allocation_events",
+    "fake_mode",
+    "fake_tensor",
+    "flatten",
+    "is_wrapped_by_scheduler",
+    "real_tensors",
+    "storage_key",
+    "trace_fake",
+    "unflatten",
+]
+
+TreeSpec = _pytree.TreeSpec
+
+# What tracing raises where Python asks for the value of a tensor.
+DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+TRACED_VALUE_MESSAGE = "get value out of a tracing tensor"
+
+
+def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of nested containers (also those of Hugging Face), and what rebuilds the containers."""
+    return _pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
+    """The inverse of :func:`flatten`."""
+    return _pytree.tree_unflatten(leaves, spec)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors have shapes but no bytes; real tensors met on the way become constants."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_tensor(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A leaf without bytes like ``tensor``, which may itself be real, fake (of another mode) or meta.
+
+    Meta tensors become CPU tensors, so that the operators are those that a CPU would run.
+    """
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        device = torch.device("cpu") if tensor.is_meta else tensor.device
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return fake.requires_grad_(tensor.requires_grad)
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Tensors made inside are real, even if the caller is inside a fake tensor mode."""
+    return unset_fake_temporarily()
+
+
+def trace_fake(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
+    """Run ``function`` on fake tensors and record every operator call, with shapes in ``meta["val"]``."""
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*args)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for two tensors if and only if they view one storage, as long as both are kept alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:
+    """Whether ``optimizer.step`` was wrapped by an ``lr_scheduler`` merely to notice that it is called."""
+    return hasattr(step, "_wrapped_by_lr_sched")
+
+
+def allocation_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
+    """Every CPU allocation (+bytes) and release (-bytes) of a profile taken with ``profile_memory=True``.
+
+    Returns pairs (nanoseconds, bytes) in order of time. The allocator itself reports them.
+    """
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events: list[Any] = profile.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
+    memory.sort(key=lambda event: event.start_ns())  # stable: equal times keep the recorded order
+    return [(event.start_ns(), event.nbytes()) for event in memory]

@@ -1,0 +1,26 @@
+"""Installation; see README.md."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BENCH = ["pandas>=2.2,<4", "torchvision>=0.26,<0.30", "transformers>=5,<6"]
+CHECK = ["import-linter>=2.3,<3", "mypy>=1.18,<3", "ruff>=0.14,<1"]
+
+setup(
+    name="olla",
+    version="0.1.0",
+    description="Plans and runs PyTorch steps in less memory: operator order, lifetimes and addresses of arrays",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["olla", "olla.*"]),
+    package_data={"olla": ["py.typed"]},
+    install_requires=["numba>=0.61,<1", "numpy>=1.26,<3", "rich>=13,<16", "torch>=2.11,<2.15"],
+    extras_require={
+        "bench": BENCH,
+        "check": CHECK,
+        "test": [*BENCH, "hypothesis>=6.100,<7", "networkx>=3.2,<4"],
+    },
+)

@@ -1,0 +1,177 @@
+"""Five planned steps equal five eager steps, on real models in training and inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchvision
+import transformers
+from eager import EagerTestCase
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import benchmarks
+
+transformers.logging.set_verbosity_error()
+CLASSES = 10
+
+
+class VisionModels(EagerTestCase):
+    """torchvision's own models at sizes that keep the tests fast."""
+
+    def check(self, name: str, shape: tuple[int, ...] = (3, 64, 64), batch: int = 2, **options: Any) -> None:
+        torch.manual_seed(0)
+        builders = {**vars(torchvision.models), **vars(torchvision.models.video)}
+        model = builders[name](weights=None, num_classes=CLASSES, **options)
+
+        def images() -> Tensor:
+            return torch.randn(batch, *shape)
+
+        with self.subTest("train"):
+            self.assert_training_same(
+                model,
+                images,
+                loss_fn=benchmarks._classification_loss,
+                targets=lambda: torch.randint(0, CLASSES, (batch,)),
+            )
+        with self.subTest("eval"):
+            self.assert_inference_same(model, images)
+
+    def test_alexnet(self) -> None:
+        self.check("alexnet")
+
+    def test_resnet18(self) -> None:
+        self.check("resnet18")
+
+    def test_resnet50(self) -> None:
+        self.check("resnet50")
+
+    def test_vgg11(self) -> None:
+        self.check("vgg11", (3, 32, 32))
+
+    def test_googlenet(self) -> None:
+        self.check("googlenet", (3, 96, 96), init_weights=False)
+
+    def test_mobilenet_v2(self) -> None:
+        self.check("mobilenet_v2")
+
+    def test_mnasnet0_5(self) -> None:
+        self.check("mnasnet0_5")
+
+    def test_efficientnet_b0_with_stochastic_depth(self) -> None:
+        self.check("efficientnet_b0")
+
+    def test_squeezenet1_0(self) -> None:
+        self.check("squeezenet1_0")
+
+    def test_r3d_18(self) -> None:
+        self.check("r3d_18", (3, 4, 32, 32))
+
+    def test_swin_t(self) -> None:
+        self.check("swin_t")
+
+    def test_densenet121(self) -> None:
+        self.check("densenet121")
+
+    def test_vision_transformer(self) -> None:
+        torch.manual_seed(0)
+        model = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 128, dropout=0.1, num_classes=CLASSES)
+
+        def images() -> Tensor:
+            return torch.randn(2, 3, 32, 32)
+
+        self.assert_training_same(
+            model, images, loss_fn=F.cross_entropy, targets=lambda: torch.randint(0, CLASSES, (2,))
+        )
+        self.assert_inference_same(model, images)
+
+    def test_deeplabv3_returns_a_dict(self) -> None:
+        torch.manual_seed(0)
+        model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+
+        def images() -> Tensor:
+            return torch.randn(2, 3, 32, 32)
+
+        self.assert_training_same(
+            model,
+            images,
+            loss_fn=benchmarks._segmentation_loss,
+            targets=lambda: torch.randint(0, 21, (2, 32, 32)),
+            steps=2,
+        )
+        self.assert_inference_same(model, images)
+
+    def test_raft_small_takes_two_inputs_and_returns_a_list(self) -> None:
+        torch.manual_seed(0)
+        model = torchvision.models.optical_flow.raft_small(weights=None)
+
+        def frames() -> tuple[Tensor, Tensor]:
+            return torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
+
+        self.assert_training_same(
+            model, frames, loss_fn=benchmarks._flow_loss, targets=lambda: torch.randn(1, 2, 128, 128), steps=2
+        )
+        self.assert_inference_same(model, frames)
+
+
+class LanguageModels(EagerTestCase):
+    """Architectures of transformers with small configurations, and torch's own Transformer."""
+
+    def check(self, model: nn.Module, vocabulary: int) -> None:
+        def tokens() -> dict[str, Tensor]:
+            ids = torch.randint(5, vocabulary, (2, 16))
+            return {"input_ids": ids, "labels": ids.clone()}
+
+        with self.subTest("train"):
+            self.assert_training_same(model, tokens)
+        with self.subTest("eval"):
+            self.assert_inference_same(model, lambda: {"input_ids": tokens()["input_ids"]})
+
+    def test_bert(self) -> None:
+        config = transformers.BertConfig(
+            vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+        self.check(transformers.BertForMaskedLM(config), 100)
+
+    def test_xlmr(self) -> None:
+        config = transformers.XLMRobertaConfig(
+            vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+        self.check(transformers.XLMRobertaForMaskedLM(config), 100)
+
+    def test_gpt2_with_tied_weights(self) -> None:
+        config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, use_cache=False)
+        model = transformers.GPT2LMHeadModel(config)
+        self.assertIs(model.lm_head.weight, model.transformer.wte.weight)
+        self.check(model, 100)
+
+    def test_llama(self) -> None:
+        config = transformers.LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            use_cache=False,
+        )
+        self.check(transformers.LlamaForCausalLM(config), 100)
+
+    def test_t5_encoder_and_decoder(self) -> None:
+        config = transformers.T5Config(
+            vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, use_cache=False
+        )
+        self.assert_training_same(
+            transformers.T5ForConditionalGeneration(config),
+            lambda: {"input_ids": torch.randint(5, 100, (2, 9)), "labels": torch.randint(5, 100, (2, 7))},
+        )
+
+    def test_transformer(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Transformer(32, 2, 2, 2, 64)
+
+        def sequences() -> tuple[Tensor, Tensor]:
+            return torch.randn(5, 2, 32), torch.randn(7, 2, 32)
+
+        self.assert_training_same(model, sequences)
+        self.assert_inference_same(model, sequences)

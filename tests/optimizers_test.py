@@ -1,0 +1,286 @@
+"""Planned steps with many optimizers equal eager ones; schedulers, checkpoints and hooks keep working."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from eager import EagerTestCase, Side, sgd, side
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+
+import olla
+from olla.capture.updates import UpdateRecorder, state_bytes
+
+
+class Net(nn.Module):
+    """Convolution, batch norm, dropout and a linear layer: parameters of one, two and four dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.drop(F.relu(self.norm(self.conv(images))).mean((2, 3))))
+
+
+class Matrices(nn.Module):
+    """Only parameters of two dimensions, which is what Muon takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16, bias=False)
+        self.second = nn.Linear(16, 5, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(images.flatten(1)[:, :12])))
+
+
+class NormalizedTogether(optim.SGD):
+    """Scales all gradients by their common norm: parameters cannot be updated one by one."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            for gradient in gradients:
+                gradient.div_(norm)
+        return super().step(closure)
+
+
+class SignOfMomentum(optim.Optimizer):
+    """A third-party optimizer in the manner of Lion."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": 0.9})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["beta"])
+                parameter.add_(state["momentum"].sign(), alpha=-group["lr"])
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 8, 8)
+
+
+def labels() -> Tensor:
+    return torch.randint(0, 5, (4,))
+
+
+class OptimizersTest(EagerTestCase):
+    def check(self, make: Callable[[Any], optim.Optimizer], *, separable: bool = True, model: Any = Net) -> None:
+        torch.manual_seed(0)
+        net = model()
+        recorder = UpdateRecorder([make(net.parameters())])
+        self.assertEqual(list(recorder._separable.values()), [separable])
+        self.assert_training_same(net, images, loss_fn=F.cross_entropy, targets=labels, make_optimizer=make)
+
+    def test_sgd(self) -> None:
+        self.check(lambda p: optim.SGD(p, lr=0.1))
+
+    def test_sgd_with_nesterov_momentum(self) -> None:
+        self.check(lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01))
+
+    def test_sgd_that_maximizes(self) -> None:
+        self.check(lambda p: optim.SGD(p, lr=0.1, maximize=True))
+
+    def test_adam(self) -> None:
+        self.check(optim.Adam)
+
+    def test_adam_amsgrad(self) -> None:
+        self.check(lambda p: optim.Adam(p, amsgrad=True))
+
+    def test_adamw_fused(self) -> None:
+        self.check(lambda p: optim.AdamW(p, fused=True))
+
+    def test_adamw_foreach(self) -> None:
+        self.check(lambda p: optim.AdamW(p, foreach=True))
+
+    def test_adamax(self) -> None:
+        self.check(optim.Adamax)
+
+    def test_nadam(self) -> None:
+        self.check(optim.NAdam)
+
+    def test_radam(self) -> None:
+        self.check(optim.RAdam)
+
+    def test_rmsprop(self) -> None:
+        self.check(lambda p: optim.RMSprop(p, momentum=0.9, centered=True))
+
+    def test_rprop(self) -> None:
+        self.check(optim.Rprop)
+
+    def test_adagrad(self) -> None:
+        self.check(optim.Adagrad)
+
+    def test_adadelta(self) -> None:
+        self.check(optim.Adadelta)
+
+    def test_asgd(self) -> None:
+        self.check(optim.ASGD)
+
+    def test_adafactor(self) -> None:
+        self.check(optim.Adafactor)
+
+    def test_muon(self) -> None:
+        self.check(optim.Muon, model=Matrices)
+
+    def test_third_party(self) -> None:
+        self.check(lambda p: SignOfMomentum(p, lr=0.01))
+
+    def test_one_that_couples_all_parameters(self) -> None:
+        self.check(lambda p: NormalizedTogether(p, lr=0.1), separable=False)
+
+    def test_lbfgs_calls_the_planned_step_back(self) -> None:
+        torch.manual_seed(0)
+        net = Net()
+        eager, planned = (
+            side(one, lambda p: optim.LBFGS(p, lr=0.1, max_iter=4, history_size=3)) for one in (net, copy.deepcopy(net))
+        )
+        step = olla.optimize(
+            planned.model, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=planned.optimizer
+        )
+        for number in range(3):
+            x, y = images(), labels()
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                eager.optimizer.zero_grad()
+                loss = F.cross_entropy(eager.model(x), y)
+                loss.backward()
+                return loss
+
+            torch.manual_seed(number)
+            expected = eager.optimizer.step(closure)
+            torch.manual_seed(number)
+            self.assert_same(step(x, targets=y), expected, "loss")
+            self.assert_same(planned.model.state_dict(), eager.model.state_dict(), "model")
+
+    def test_parameter_groups_with_settings_of_their_own(self) -> None:
+        torch.manual_seed(0)
+        net = Net()
+        eager = Side(
+            net,
+            optim.AdamW([{"params": net.conv.parameters(), "weight_decay": 0.0}, {"params": net.head.parameters()}]),
+        )
+        planned = eager.copy()
+        step = olla.optimize(
+            planned.model, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=planned.optimizer
+        )
+
+        def eager_step(x: Tensor, targets: Tensor) -> Tensor:
+            eager.optimizer.zero_grad()
+            loss = F.cross_entropy(eager.model(x), targets)
+            loss.backward()
+            eager.optimizer.step()
+            return loss
+
+        batches = [((images(),), {"targets": labels()}) for _ in range(3)]
+        self.assert_steps_same(planned, eager, step, eager_step, batches)
+        # The norm is trained by nobody: its gradients add up in .grad, as they do in eager PyTorch.
+        for name in ("weight", "bias"):
+            self.assert_same(getattr(planned.model.norm, name).grad, getattr(eager.model.norm, name).grad, name)
+
+
+class SchedulersTest(EagerTestCase):
+    def test_a_scheduler_takes_effect_at_once_and_warns_of_nothing(self) -> None:
+        torch.manual_seed(0)
+        eager = side(Net(), sgd)
+        planned = eager.copy()
+        schedulers = [optim.lr_scheduler.ExponentialLR(one.optimizer, 0.5) for one in (eager, planned)]
+        step = olla.optimize(
+            planned.model, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=planned.optimizer
+        )
+        made = step._planned
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for number in range(4):
+                x, y = images(), labels()
+                torch.manual_seed(number)
+                step(x, targets=y)
+                torch.manual_seed(number)
+                eager.optimizer.zero_grad()
+                F.cross_entropy(eager.model(x), y).backward()
+                eager.optimizer.step()
+                for scheduler in schedulers:
+                    scheduler.step()
+                self.assert_sides_same(planned, eager)
+        self.assertEqual(sum(len(plans) for plans in made.values()), 1, "planned once")
+
+    def test_step_hooks_run_once_per_step(self) -> None:
+        net = Net()
+        optimizer = sgd(net.parameters())
+        calls: list[str] = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        step = olla.optimize(net, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=optimizer)
+        self.assertEqual(calls, [])
+        step(images(), targets=labels())
+        self.assertEqual(calls, ["before", "after"])
+
+    def test_a_checkpoint_of_eager_pytorch_is_resumed(self) -> None:
+        torch.manual_seed(0)
+        eager = side(Net(), optim.Adam)
+
+        def eager_step(x: Tensor, targets: Tensor) -> Tensor:
+            eager.optimizer.zero_grad()
+            loss = F.cross_entropy(eager.model(x), targets)
+            loss.backward()
+            eager.optimizer.step()
+            return loss
+
+        for _ in range(2):
+            eager_step(images(), labels())
+        planned = side(Net(), optim.Adam)
+        step = olla.optimize(
+            planned.model, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=planned.optimizer
+        )
+        step(images(), targets=labels())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint.pt"
+            torch.save([eager.model.state_dict(), eager.optimizer.state_dict()], path)
+            model_state, optimizer_state = torch.load(path)
+        planned.model.load_state_dict(model_state)
+        planned.optimizer.load_state_dict(optimizer_state)
+        batches = [((images(),), {"targets": labels()}) for _ in range(3)]
+        self.assert_steps_same(planned, eager, step, eager_step, batches)
+
+
+class StateBytesTest(EagerTestCase):
+    def test_the_state_that_the_first_step_will_make_is_foreseen(self) -> None:
+        for make in (sgd, optim.Adam, optim.Adafactor, optim.RMSprop, optim.Adagrad):
+            net = Net()
+            optimizer = make(net.parameters())
+            foreseen = [state_bytes(optimizer, parameter) for parameter in net.parameters()]
+            F.cross_entropy(net(images()), labels()).backward()
+            optimizer.step()
+            for parameter, size in zip(net.parameters(), foreseen, strict=True):
+                tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+                self.assertEqual(size, sum(t.numel() * t.element_size() for t in tensors), type(optimizer).__name__)
+
+    def test_trying_out_changes_nothing(self) -> None:
+        net = Net()
+        optimizer = optim.Adam(net.parameters())
+        before = copy.deepcopy(optimizer.state_dict())
+        parameters = [p.clone() for p in net.parameters()]
+        random_state = torch.get_rng_state()
+        UpdateRecorder([optimizer])
+        self.assert_same(optimizer.state_dict(), before, "optimizer")
+        self.assert_same(list(net.parameters()), parameters, "parameters")
+        self.assertTrue(torch.equal(torch.get_rng_state(), random_state))
