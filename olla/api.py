@@ -190,7 +190,7 @@ def _program(model: nn.Module, loss_fn: Any, targets: Any, optimizer: Optimizer 
         return loss
 
     optimizers = () if optimizer is None else (optimizer,)
-    return Program(train if training else infer, modules, optimizers)
+    return Program(train if training else infer, modules, optimizers, inference=not training)
 
 
 def _loss(output: Any, loss_fn: Callable[..., Any] | None, targets: Any) -> Tensor:

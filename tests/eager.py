@@ -128,13 +128,15 @@ class EagerTestCase(unittest.TestCase):
 
     def assert_inference_same(self, model: nn.Module, inputs: Callable[[], Any], steps: int = 2) -> olla.Step:
         model.eval()
+        eager = copy.deepcopy(model)
         batches = [_call(inputs(), None) for _ in range(steps)]
         args, kwargs = batches[0]
         step = olla.optimize(model, args or kwargs)
         for args, kwargs in batches:
             with torch.no_grad():
-                expected = model(*args, **kwargs)
+                expected = eager(*args, **kwargs)
             self.assert_same(step(*args, **kwargs), expected, "output")
+            self.assert_same(model.state_dict(), eager.state_dict(), "model.state_dict()")
         return step
 
 

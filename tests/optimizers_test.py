@@ -15,7 +15,8 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import olla
-from olla.capture.updates import UpdateRecorder, state_bytes
+from olla.capture.trial import footprint
+from olla.capture.updates import UpdateRecorder
 
 
 class Net(nn.Module):
@@ -262,12 +263,22 @@ class SchedulersTest(EagerTestCase):
         self.assert_steps_same(planned, eager, step, eager_step, batches)
 
 
-class StateBytesTest(EagerTestCase):
+class FootprintTest(EagerTestCase):
+    def test_the_workspace_is_that_of_the_update(self) -> None:
+        weight = nn.Parameter(torch.randn(40, 30))
+        size = weight.numel() * 4
+        for optimizer, expected in (
+            (optim.SGD([weight], lr=0.1, momentum=0.9), 0),  # all in place
+            (optim.SGD([weight], lr=0.1, weight_decay=0.1), size),  # gradient + decay
+            (optim.Adam([weight]), 2 * size),  # a square root, and its quotient
+        ):
+            self.assertAlmostEqual(footprint(optimizer, weight).workspace / size, expected / size, delta=0.02)
+
     def test_the_state_that_the_first_step_will_make_is_foreseen(self) -> None:
         for make in (sgd, optim.Adam, optim.Adafactor, optim.RMSprop, optim.Adagrad):
             net = Net()
             optimizer = make(net.parameters())
-            foreseen = [state_bytes(optimizer, parameter) for parameter in net.parameters()]
+            foreseen = [footprint(optimizer, parameter).state for parameter in net.parameters()]
             F.cross_entropy(net(images()), labels()).backward()
             optimizer.step()
             for parameter, size in zip(net.parameters(), foreseen, strict=True):

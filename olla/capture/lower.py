@@ -17,18 +17,20 @@ from torch.utils import _pytree
 
 from olla.capture.program import Program
 from olla.capture.trace import Trace
-from olla.capture.updates import UPDATE, state_bytes
+from olla.capture.trial import footprint
+from olla.capture.updates import UPDATE
 from olla.capture.workspace import workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
 from olla.torch_private import storage_key
 
 __all__ = ["Lowered", "lower"]
 
-# Arguments that an operator writes although its schema does not say so, and the one that enables it.
-_UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int]] = {
+# Arguments that an operator writes although its schema does not say so, and the one that enables it, if any.
+_UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int | None]] = {
     torch.ops.aten.native_batch_norm.default: ((3, 4), 5),
     torch.ops.aten.cudnn_batch_norm.default: ((3, 4), 5),
     torch.ops.aten.miopen_batch_norm.default: ((3, 4), 5),
+    torch.ops.aten.mkldnn_rnn_layer_backward.default: ((22,), None),
 }
 
 
@@ -93,33 +95,36 @@ class _Builder:
             writes |= {self._generator()}
         reads = self.existing(node.all_input_nodes) - writes
         creates = [self._add_storage(t, node.name) for t in _tensors(node) if storage_key(t) not in self.ids]
-        self._append(node, str(node.target), creates, reads, writes)
+        self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node))
 
     def add_update(self, program: Program, traced: Trace, node: fx.Node) -> None:
         slot = node.args[2]
         assert isinstance(slot, int)
         update = traced.updates[slot]
-        names = {id(tensor): program.display_name(name) for name, tensor in program.state.items()}
+        names = {id(tensor): program.display_name(name) for name, tensor in program.parameters.items()}
         label = "all" if update.whole else " and ".join(names[id(p)] for p in update.parameters_updated)
         writes = self.existing(node.all_input_nodes)
+        workspace = 0
         for parameter in update.parameters_updated:
+            needs = footprint(update.optimizer, parameter)
+            workspace = max(workspace, needs.workspace)
             key = (id(update.optimizer), id(parameter))
             if key not in self.optimizer_state:
                 self.optimizer_state[key] = len(self.storages)
                 name = f"optimizer state of {names[id(parameter)]}"
-                self.storages.append(Storage(name, state_bytes(update.optimizer, parameter), persistent=True))
+                self.storages.append(Storage(name, needs.state, persistent=True))
             writes |= {self.optimizer_state[key]}
         if update.whole:
             writes |= {self._generator()}  # it may draw random numbers
-        self._append(node, f"update {label}", [], set(), writes)
+        self._append(node, f"update {label}", [], set(), writes, workspace)
 
     def existing(self, nodes: Iterable[fx.Node]) -> set[int]:
         return {self.ids[storage_key(tensor)] for node in nodes for tensor in _tensors(node)}
 
-    def _append(self, node: fx.Node, name: str, creates: list[int], reads: set[int], writes: set[int]) -> None:
-        self.ops.append(
-            Op(name, tuple(creates), tuple(sorted(reads)), tuple(sorted(writes)), workspace_bytes(node), _source(node))
-        )
+    def _append(
+        self, node: fx.Node, name: str, creates: list[int], reads: set[int], writes: set[int], workspace: int
+    ) -> None:
+        self.ops.append(Op(name, tuple(creates), tuple(sorted(reads)), tuple(sorted(writes)), workspace, _source(node)))
         self.nodes.append(node)
 
     def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False) -> int:
@@ -149,8 +154,8 @@ def _writes(node: fx.Node) -> list[fx.Node]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             written.extend(_nodes(value))
-    positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), 0))
-    if positions and node.args[enabled_by]:
+    positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), None))
+    if enabled_by is None or node.args[enabled_by]:
         written.extend(found for position in positions for found in _nodes(node.args[position]))
     return written
 

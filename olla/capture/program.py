@@ -88,27 +88,39 @@ class Program:
     function: Callable[..., Any]
     modules: Mapping[str, nn.Module]
     optimizers: tuple[Optimizer, ...] = ()
+    inference: bool = False  # whether ``function`` disables gradients
     container: Container = field(init=False)
-    state: dict[str, Tensor] = field(init=False)  # parameters, then buffers; tied ones once
+    parameters: dict[str, Tensor] = field(init=False)  # tied ones once
 
     def __post_init__(self) -> None:
         for module in self.modules.values():
             _require_plain(module)
         container = Container(self.modules)
-        state = dict(container.named_parameters()) | dict(container.named_buffers())
         object.__setattr__(self, "container", container)
-        object.__setattr__(self, "state", state)
+        object.__setattr__(self, "parameters", dict(container.named_parameters()))
+        object.__setattr__(self, "_buffers", _buffer_places(container))
         object.__setattr__(self, "_parts", tuple(container.modules()))
-        object.__setattr__(self, "_identity", _identity(self._parts, self.optimizers))
         _require_own_parameters(self)
+        object.__setattr__(self, "_identity", _identity(self._parts, self.optimizers))
 
+    _buffers: dict[str, tuple[dict[str, Any], str]] = field(init=False, repr=False)
     _parts: tuple[nn.Module, ...] = field(init=False, repr=False)
     _identity: tuple[int, ...] = field(init=False, repr=False)
 
     @property
+    def state(self) -> dict[str, Tensor]:
+        """The live parameters, then the live buffers (a model may replace its buffers at any time)."""
+        return {**self.parameters, **{name: owner[key] for name, (owner, key) in self._buffers.items()}}
+
+    def set_buffer(self, name: str, value: Tensor) -> None:
+        """Make ``value`` the buffer of that name."""
+        owner, key = self._buffers[name]
+        owner[key] = value
+
+    @property
     def trainable(self) -> list[str]:
         """Names of the parameters that may receive a gradient."""
-        return [name for name, tensor in self.state.items() if tensor.requires_grad]
+        return [name for name, tensor in self.parameters.items() if tensor.requires_grad]
 
     def display_name(self, name: str) -> str:
         """The name of a state tensor as the user knows it."""
@@ -118,9 +130,9 @@ class Program:
         """Raise :class:`ExecutionError` if modules or their tensors were exchanged since planning."""
         if self._identity == _identity(self._parts, self.optimizers):
             return
-        now = dict(self.container.named_parameters()) | dict(self.container.named_buffers())
-        changed = [name for name in now.keys() | self.state.keys() if now.get(name) is not self.state.get(name)]
-        what = f"tensor {self.display_name(min(changed))!r}" if changed else "a module, a hook or a parameter group"
+        now, old = dict(self.container.named_parameters()), self.parameters
+        changed = [name for name in now.keys() | old.keys() if now.get(name) is not old.get(name)]
+        what = f"parameter {self.display_name(min(changed))!r}" if changed else "a module, a hook or a parameter group"
         raise ExecutionError(
             f"the model was edited after planning ({what} was added, removed or exchanged); "
             "call olla.optimize again on the model as it is now"
@@ -144,6 +156,15 @@ class Program:
         )
 
 
+def _buffer_places(container: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each buffer is kept, tied ones once: a dictionary of its module and a key."""
+    places: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, _ in container.named_buffers():
+        module, _, key = name.rpartition(".")
+        places[name] = (container.get_submodule(module)._buffers, key)
+    return places
+
+
 def _require_plain(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise CaptureError(f"the model is a {type(module).__name__}, not a torch.nn.Module")
@@ -157,7 +178,7 @@ def _require_plain(module: nn.Module) -> None:
 
 
 def _require_own_parameters(program: Program) -> None:
-    own = {id(tensor) for tensor in program.state.values()}
+    own = {id(parameter) for parameter in program.parameters.values()}
     for optimizer in program.optimizers:
         if not isinstance(optimizer, Optimizer):
             raise CaptureError(f"the optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
@@ -172,12 +193,12 @@ def _require_own_parameters(program: Program) -> None:
 
 
 def _identity(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> tuple[int, ...]:
-    """Changes when a module, parameter, buffer, hook or parameter group is added, removed or exchanged."""
+    """Changes when a module, parameter, hook or parameter group is added, removed or exchanged."""
     parts: list[int] = []
     for module in modules:
         parts.extend(map(id, module._modules.values()))
         parts.extend(map(id, module._parameters.values()))
-        parts.extend(map(id, module._buffers.values()))
+        parts.append(len(module._buffers))
         parts.append(len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -224,7 +245,7 @@ def unchanged(program: Program) -> Iterator[list[str]]:
     """
     modules = list(program.container.modules())
     attributes = [_shallow(module) for module in modules]
-    gradients = {name: program.state[name].grad for name in program.trainable}
+    gradients = {name: program.parameters[name].grad for name in program.trainable}
     optimizers = [(optimizer, dict(vars(optimizer)), list(optimizer.param_groups)) for optimizer in program.optimizers]
     names = {id(module): name for name, module in program.container.named_modules()}
     changed: list[str] = []
@@ -235,7 +256,7 @@ def unchanged(program: Program) -> Iterator[list[str]]:
             for module, before in zip(modules, attributes, strict=True):
                 changed.extend(f"{names[id(module)]}.{name}" for name in _restore(module, before))
             for name, gradient in gradients.items():
-                program.state[name].grad = gradient
+                program.parameters[name].grad = gradient
             for optimizer, fields, groups in optimizers:
                 vars(optimizer).clear()
                 vars(optimizer).update(fields)
@@ -288,19 +309,21 @@ class Snapshot:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._tensors = [_Value(tensor) for tensor in program.state.values()]
-        self._gradients = {name: _Value(program.state[name].grad) for name in program.trainable}
+        self._tensors = {name: _Value(tensor) for name, tensor in program.state.items()}
+        self._gradients = {name: _Value(program.parameters[name].grad) for name in program.trainable}
         self._optimizers = [_OptimizerValues(optimizer) for optimizer in program.optimizers]
 
     def restore_gradients(self) -> None:
         """Put ``.grad`` of all parameters back."""
         for name, gradient in self._gradients.items():
-            self._program.state[name].grad = gradient.restored()
+            self._program.parameters[name].grad = gradient.restored()
 
     def restore(self) -> None:
         """Put all values back; every tensor that existed is the same object as before."""
-        for tensor in self._tensors:
-            tensor.restored()
+        for name, tensor in self._tensors.items():
+            value = tensor.restored()
+            if name not in self._program.parameters:
+                self._program.set_buffer(name, value)
         self.restore_gradients()
         for optimizer in self._optimizers:
             optimizer.restore()

@@ -85,7 +85,7 @@ def _keeps_bits(
     shapes: tuple[Any, ...], dtype: torch.dtype, settings: tuple[Any, ...], slices: int, threads: int
 ) -> bool:
     generator = torch.Generator().manual_seed(0)
-    gradient, input_, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    gradient, input_, weight = (torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes)
     stride, padding, dilation = settings
     sliced, whole = (weight_gradient(gradient, input_, weight, stride, padding, dilation, n) for n in (slices, 1))
     return torch.equal(sliced, whole)

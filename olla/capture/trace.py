@@ -25,6 +25,7 @@ from olla.torch_private import (
     fake_mode,
     fake_tensor,
     flatten,
+    real_tensors,
     trace_fake,
     unflatten,
 )
@@ -74,7 +75,7 @@ def trace(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     use = traced.gradient_use
     if not use.accumulating:
         return traced
-    present = [name for name in use.accumulating if program.state[name].grad is not None]
+    present = [name for name in use.accumulating if program.parameters[name].grad is not None]
     return _Attempt(program, args, kwargs, present, use).traced()
 
 
@@ -98,15 +99,15 @@ class _Attempt:
         self.gradient_use = gradient_use  # None: to be learnt
         self.recorder = UpdateRecorder(program.optimizers)
         self.gradients_left: list[str] = []
-        self.untouched: list[str] = []
+        self.same: set[str] = set()  # parameters whose gradient is the tensor that was found
         self.results: list[Any] = []
         self.structure = self.arguments
 
     def traced(self) -> Trace:
         """Trace the step."""
         program, mode = self.program, fake_mode()
-        _require_leaves(self.leaves, training=bool(program.trainable))
-        with unchanged(program) as changed:
+        _require_leaves(self.leaves, training=not program.inference)
+        with real_tensors(), unchanged(program) as changed:
             try:
                 state = [fake_tensor(tensor, mode) for tensor in program.state.values()]
                 twins = dict(zip(program.state, state, strict=True))
@@ -152,12 +153,10 @@ class _Attempt:
         for name in program.trainable:
             now = twins[name].grad
             twins[name].grad = None
-            if now is None:
-                continue
-            if now is found.get(name):
-                self.untouched.append(name)
-            else:
+            if now is not None:
                 left[name] = now
+            if now is not None and now is found.get(name):
+                self.same.add(name)
         self.gradients_left = list(left)
         return [*(leaf for leaf in self.results if isinstance(leaf, Tensor)), *left.values()]
 
@@ -165,18 +164,20 @@ class _Attempt:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         first = len(self.program.state)
         of_gradients = placeholders[first : first + len(self.gradients_in)]
-        used = [name for name, node in zip(self.gradients_in, of_gradients, strict=True) if node.users]
-        for node in of_gradients:
-            if not node.users:
-                module.graph.erase_node(node)
-        use = self.gradient_use or GradientUse(tuple(used), tuple(self.untouched))
-        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in self.results)
         output = module.graph.output_node()
+        used = [n for n, node in zip(self.gradients_in, of_gradients, strict=True) if set(node.users) - {output}]
+        untouched = tuple(name for name in self.gradients_in if name in self.same and name not in used)
+        use = self.gradient_use or GradientUse(tuple(used), untouched)
+        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in self.results)
         values = cast(Sequence[fx.Node], output.args[0])
         left = dict(zip(self.gradients_left, values[sum(is_tensor) :], strict=True))
         # A gradient that the optimizer has used up is dropped: the next step starts without it.
         out = [name for name in left if name in use.accumulating or not self._used_up(name)]
+        out = [name for name in out if name not in untouched]
         output.args = ((*values[: sum(is_tensor)], *(left[name] for name in out)),)
+        for node in of_gradients:
+            if not node.users:
+                module.graph.erase_node(node)
         return Trace(
             module=module,
             updates=tuple(self.recorder.updates),
@@ -189,7 +190,7 @@ class _Attempt:
         )
 
     def _used_up(self, name: str) -> bool:
-        return id(self.program.state[name]) in self.recorder.consumed
+        return id(self.program.parameters[name]) in self.recorder.consumed
 
 
 def _write_back_rebound_buffers(program: Program, twins: dict[str, Tensor]) -> None:
@@ -226,17 +227,16 @@ def _require_results(results: Sequence[Any]) -> None:
 
 def _require_known_tensors(module: fx.GraphModule) -> None:
     """Tensors that are neither state nor input are constants; one that wants a gradient was forgotten."""
-    for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        constant = getattr(module, node.target)
-        if isinstance(constant, Tensor) and constant.requires_grad:
-            if isinstance(constant.grad, FakeTensor):
-                constant.grad = None
-            raise CaptureError(
-                f"the step uses a parameter of shape {tuple(constant.shape)} that belongs to none of the modules "
-                "given: pass its module too (model=[...]), or register it with nn.Parameter in the model"
-            )
+    constants = [getattr(module, node.target) for node in module.graph.find_nodes(op="get_attr")]
+    forgotten = [constant for constant in constants if isinstance(constant, Tensor) and constant.requires_grad]
+    for constant in forgotten:
+        if isinstance(constant.grad, FakeTensor):
+            constant.grad = None
+    if forgotten:
+        raise CaptureError(
+            f"the step uses a parameter of shape {tuple(forgotten[0].shape)} that belongs to none of the modules "
+            "given: pass its module too (model=[...]), or register it with nn.Parameter in the model"
+        )
 
 
 def _erase_profiler_marks(module: fx.GraphModule) -> None:

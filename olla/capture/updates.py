@@ -9,13 +9,9 @@ tried out on tiny parameters, not looked up in a list.
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from olla.capture.trial import hyper_parameters, narrowed, separable
 from olla.errors import CaptureError
-from olla.torch_private import FakeTensor, is_wrapped_by_scheduler, real_tensors
+from olla.torch_private import is_wrapped_by_scheduler
 
-__all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "needs_closure", "state_bytes"]
+__all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "needs_closure"]
 
 Pair = tuple[Tensor, Tensor]  # a live parameter and the twin that stands for it while tracing
 
@@ -67,7 +64,7 @@ class Update(nn.Module):
             if self.whole:
                 optimizer.step()
             else:
-                with _narrowed(optimizer, parameters):
+                with narrowed(optimizer, parameters):
                     optimizer.step()
         finally:
             for parameter in parameters:
@@ -82,7 +79,7 @@ class UpdateRecorder:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._separable = {
-            id(optimizer): not _watched(optimizer) and not needs_closure(optimizer) and _separable(optimizer)
+            id(optimizer): not _watched(optimizer) and not needs_closure(optimizer) and separable(optimizer)
             for optimizer in optimizers
         }
         self.updates: list[Update] = []
@@ -95,7 +92,7 @@ class UpdateRecorder:
         ``traced`` maps the id of each live parameter to its twin. The caller restores the optimizer.
         """
         live = list(optimizer.param_groups)
-        separable = self._separable[id(optimizer)]
+        one_by_one = self._separable[id(optimizer)]
         optimizer.param_groups = [{**group, "params": [traced[id(p)] for p in group["params"]]} for group in live]
 
         def step(closure: Callable[[], Any] | None = None) -> Any:
@@ -108,7 +105,7 @@ class UpdateRecorder:
             with torch.enable_grad():
                 result = closure() if closure is not None else None
             by_group = [[(p, traced[id(p)]) for p in g["params"] if traced[id(p)].grad is not None] for g in live]
-            if separable:
+            if one_by_one:
                 small = sum(_bytes(p) for pairs in by_group for p, _ in pairs) // _SMALL
                 for chunk in (chunk for pairs in by_group for chunk in _chunks(pairs, small)):
                     self._record(optimizer, chunk, whole=False)
@@ -117,10 +114,10 @@ class UpdateRecorder:
             return result
 
         optimizer.step = step  # type: ignore[method-assign]
-        before = [_hyper_parameters(group) for group in live]
+        before = [hyper_parameters(group) for group in live]
         yield
         for index, (old, group) in enumerate(zip(before, optimizer.param_groups, strict=True)):
-            changed = [name for name, value in _hyper_parameters(group).items() if old.get(name) is not value]
+            changed = [name for name, value in hyper_parameters(group).items() if old.get(name) is not value]
             if changed:
                 raise CaptureError(
                     f"the step function changes {changed[0]!r} of parameter group {index} of the optimizer: step "
@@ -172,121 +169,8 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-@contextmanager
-def _narrowed(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Let ``optimizer`` believe that ``parameters``, all of one group, are all it has."""
-    groups = optimizer.param_groups
-    group = _group_of(optimizer, parameters[0])
-    everything = group["params"]
-    optimizer.param_groups = [group]
-    group["params"] = list(parameters)
-    try:
-        yield
-    finally:
-        group["params"] = everything
-        optimizer.param_groups = groups
-
-
-def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """The parameter group that holds ``parameter``."""
-    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-
-
 def _watched(optimizer: Optimizer) -> bool:
     """Whether somebody's code runs around ``step``, and would see many steps instead of one."""
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     replaced = "step" in vars(optimizer) and not is_wrapped_by_scheduler(optimizer.step)
     return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or replaced)
-
-
-def _hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
-# Trying an optimizer out on tiny parameters.
-
-_PRIMES = (2, 3, 5, 7, 11)  # sizes of the tiny dimensions, all different, so that they can be told apart
-_PER_GROUP = 3
-_TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A copy of an optimizer that holds tiny parameters, a few of each group."""
-
-    optimizer: Optimizer
-    parameters: list[Tensor]
-
-
-def _separable(optimizer: Optimizer) -> bool:
-    """Whether updating parameters one by one, last first, gives the bits of one joint step.
-
-    Three steps with gradients of very different size, so that a clipping by a norm over all would show.
-    """
-    with real_tensors():
-        return _separable_on(_trial(optimizer), _trial(optimizer))
-
-
-def _separable_on(joint: _Trial, single: _Trial) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for scale in (1.0, 1e4, 1e-4):
-            gradients = [torch.randn(p.shape, generator=generator).mul_(scale).to(p) for p in joint.parameters]
-            for trial in (joint, single):
-                for parameter, gradient in zip(trial.parameters, gradients, strict=True):
-                    parameter.grad = gradient.clone()
-            joint.optimizer.step()
-            for parameter in reversed(single.parameters):
-                with _narrowed(single.optimizer, (parameter,)):
-                    single.optimizer.step()
-            finish_step(single.optimizer)
-    except _TRIAL_ERRORS:
-        return False  # it wants something that tiny dense gradients are not: take it as a whole
-    return all(torch.equal(a, b) for a, b in zip(joint.parameters, single.parameters, strict=True))
-
-
-def state_bytes(optimizer: Optimizer, parameter: Tensor) -> int:
-    """Bytes of optimizer state for ``parameter``: what is there, else what the first step will make."""
-    if optimizer.state.get(parameter):
-        return _tensor_bytes(optimizer.state[parameter].values(), {})
-    group = _group_of(optimizer, parameter)
-    with real_tensors():
-        trial = _trial_of(optimizer, [{**group, "params": [parameter]}])
-        tiny = trial.parameters[0]
-        tiny.grad = torch.ones_like(tiny)
-        try:
-            trial.optimizer.step()
-        except _TRIAL_ERRORS:
-            return 0  # unknown until the first step has run
-    return _tensor_bytes(trial.optimizer.state[tiny].values(), dict(zip(tiny.shape, parameter.shape, strict=True)))
-
-
-def _tensor_bytes(values: Any, real_size: dict[int, int]) -> int:
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return sum(math.prod(real_size.get(d, d) for d in t.shape) * t.element_size() for t in tensors)
-
-
-def _trial(optimizer: Optimizer) -> _Trial:
-    return _trial_of(optimizer, [{**g, "params": g["params"][:_PER_GROUP]} for g in optimizer.param_groups])
-
-
-def _trial_of(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> _Trial:
-    trial = object.__new__(type(optimizer))  # not copy.copy, which leaves attributes behind
-    vars(trial).update(vars(optimizer))
-    vars(trial).pop("step", None)  # a scheduler's wrapper is bound to the original
-    generator = torch.Generator().manual_seed(1)
-    trial.state = defaultdict(dict)
-    trial.param_groups = []
-    for group in groups:
-        tiny = [
-            torch.randn(_PRIMES[: p.dim()], generator=generator).to(_device(p), p.dtype).requires_grad_()
-            for p in group["params"]
-        ]
-        hyper = {name: copy.deepcopy(value) for name, value in _hyper_parameters(group).items()}
-        trial.param_groups.append({**hyper, "params": tiny})
-    return _Trial(trial, [parameter for group in trial.param_groups for parameter in group["params"]])
-
-
-def _device(parameter: Tensor) -> torch.device:
-    abstract = parameter.is_meta or isinstance(parameter, FakeTensor)
-    return torch.device("cpu") if abstract else parameter.device

@@ -24,27 +24,28 @@ class Runner:
         self.code = code
         self._program = program
         self._traced = traced
-        self._state = list(program.state.values())
         keep = {*traced.gradient_use.untouched}
-        self._cleared = [program.state[name] for name in program.trainable if name not in keep]
-        self._gradients_in = [program.state[name] for name in traced.gradients_in]
-        self._gradients_out = [program.state[name] for name in traced.gradients_out]
+        self._cleared = [program.parameters[name] for name in program.trainable if name not in keep]
+        self._gradients_in = [program.parameters[name] for name in traced.gradients_in]
+        self._gradients_out = [program.parameters[name] for name in traced.gradients_out]
         # An update over all parameters calls optimizer.step() as it is; single ones must be rounded off.
         self._to_finish = {id(u.optimizer): u.optimizer for u in traced.updates if not u.whole}.values()
 
     def fits_gradients(self) -> bool:
         """Whether the gradients that the step adds to are there, and no others."""
-        present = {n for n in self._traced.gradient_use.accumulating if self._program.state[n].grad is not None}
+        present = {n for n in self._traced.gradient_use.accumulating if self._program.parameters[n].grad is not None}
         return present == set(self._traced.gradients_in)
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the step on the leaves of its arguments and return the result of the user's function."""
+        state = [tensor.detach() for tensor in self._program.state.values()]
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         gradients = [parameter.grad for parameter in self._gradients_in]
         for parameter in self._cleared:
             parameter.grad = None
-        with torch.no_grad(), _without_autocast():
-            outputs = list(self.code(*self._state, *gradients, *inputs))
+        # Nothing here requires a gradient. The mode still matters: some kernels ask for it.
+        with torch.set_grad_enabled(not self._program.inference), _without_autocast():
+            outputs = list(self.code(*state, *gradients, *inputs))
         for optimizer in self._to_finish:
             finish_step(optimizer)
         first_gradient = len(outputs) - len(self._gradients_out)

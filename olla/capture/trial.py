@@ -1,0 +1,182 @@
+"""Trying an optimizer out on tiny parameters: what it couples, what state it keeps, what memory it takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from olla.torch_private import FakeTensor, real_tensors
+
+__all__ = ["Footprint", "footprint", "hyper_parameters", "narrowed", "separable"]
+
+_PRIMES = (101, 53, 7, 5, 3)  # sizes of tiny dimensions, all different, so that they can be told apart
+_PER_GROUP = 3
+# What an optimizer may raise that wants something tiny dense gradients are not.
+_REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that updating one parameter needs beside the parameter and its gradient."""
+
+    state: int  # kept across steps
+    workspace: int  # only during the update
+
+
+@contextmanager
+def narrowed(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let ``optimizer`` believe that ``parameters``, all of one group, are all it has."""
+    groups = optimizer.param_groups
+    group = _group_of(optimizer, parameters[0])
+    everything = group["params"]
+    optimizer.param_groups = [group]
+    group["params"] = list(parameters)
+    try:
+        yield
+    finally:
+        group["params"] = everything
+        optimizer.param_groups = groups
+
+
+def hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def separable(optimizer: Optimizer) -> bool:
+    """Whether updating parameters one by one, last first, gives the bits of one joint step.
+
+    Three steps with gradients of very different size, so that a clipping by a norm over all would show.
+    """
+    with real_tensors():
+        groups = [{**group, "params": group["params"][:_PER_GROUP]} for group in optimizer.param_groups]
+        joint, single = _Trial.of(optimizer, groups), _Trial.of(optimizer, groups)
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for scale in (1.0, 1e4, 1e-4):
+                gradients = [_random(p.shape, generator).mul_(scale).to(p) for p in joint.parameters]
+                for trial in (joint, single):
+                    trial.set_gradients(gradients)
+                joint.step()
+                for parameter in reversed(single.parameters):
+                    with narrowed(single.optimizer, (parameter,)):
+                        single.step()
+                single.step_without_parameters()
+        except _REFUSALS:
+            return False
+        return all(torch.equal(a, b) for a, b in zip(joint.parameters, single.parameters, strict=True))
+
+
+def footprint(optimizer: Optimizer, parameter: Tensor) -> Footprint:
+    """The footprint of updating ``parameter``: of its live state, if there is one, else as tried out."""
+    with real_tensors():
+        trial = _Trial.of(optimizer, [{**_group_of(optimizer, parameter), "params": [parameter]}])
+        tiny = trial.parameters[0]
+        try:
+            trial.set_gradients([torch.ones_like(tiny)])
+            trial.step()
+            with _PeakOfNewTensors() as new:
+                trial.step()
+        except _REFUSALS:
+            return Footprint(_state_bytes(optimizer.state.get(parameter, {}), {}), 0)  # the rest is not known
+    real_size = dict(zip(tiny.shape, parameter.shape, strict=True))
+    state = optimizer.state.get(parameter)
+    return Footprint(
+        state=_state_bytes(state, {}) if state else _state_bytes(trial.optimizer.state[tiny], real_size),
+        workspace=round(new.peak / max(1, _bytes(tiny)) * _bytes(parameter)),
+    )
+
+
+class _Trial:
+    """A copy of an optimizer that holds tiny parameters instead of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> _Trial:
+        """A trial of ``optimizer`` with as many parameters as ``groups`` hold, of as many dimensions."""
+        twin = object.__new__(type(optimizer))  # not copy.copy, which leaves attributes behind
+        vars(twin).update(vars(optimizer), _optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
+        twin.state = defaultdict(dict)
+        generator = torch.Generator().manual_seed(1)
+        twin.param_groups = [
+            {**copy.deepcopy(hyper_parameters(group)), "params": [_tiny(p, generator) for p in group["params"]]}
+            for group in groups
+        ]
+        return cls(twin)
+
+    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+
+    def step(self) -> None:
+        """Step without the hooks of users and the wrappers of schedulers, which are not to see a trial."""
+        step = type(self.optimizer).step
+        getattr(step, "__wrapped__", step)(self.optimizer)
+
+    def step_without_parameters(self) -> None:
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = []
+        self.step()
+        self.optimizer.param_groups = groups
+
+
+class _PeakOfNewTensors(TorchDispatchMode):
+    """The most bytes of tensors, made while it is active, that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, weakref.ref[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it made."""
+        given = {_address(leaf) for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in _pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and _address(leaf) not in given:
+                self._live[id(leaf)] = weakref.ref(leaf)
+        alive = [tensor for tensor in (reference() for reference in self._live.values()) if tensor is not None]
+        self.peak = max(self.peak, sum(map(_bytes, alive)))
+        return result
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+
+
+def _tiny(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    abstract = parameter.is_meta or isinstance(parameter, FakeTensor)
+    device = torch.device("cpu") if abstract else parameter.device
+    return _random(_PRIMES[: parameter.dim()], generator).to(device, parameter.dtype).requires_grad_()
+
+
+def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")  # whatever the default device is
+
+
+def _state_bytes(state: dict[Any, Any], real_size: dict[int, int]) -> int:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(math.prod(real_size.get(d, d) for d in t.shape) * t.element_size() for t in tensors)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
