@@ -5,8 +5,10 @@ Works with torch 2.11 to 2.14. When a new release moves something, this is the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "FakeTensor",
     "TreeSpec",
-    "allocation_events",
+    "cpu_allocations",
     "fake_mode",
     "fake_tensor",
     "flatten",
@@ -93,14 +95,37 @@ def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:
     return hasattr(step, "_wrapped_by_lr_sched")
 
 
-def allocation_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """Every CPU allocation (+bytes) and release (-bytes) of a profile taken with ``profile_memory=True``.
+def cpu_allocations(call: Callable[[], Any]) -> list[int]:
+    """Every CPU allocation (+bytes) and release (-bytes) while ``call`` runs, in order of time.
 
-    Returns pairs (nanoseconds, bytes) in order of time. The allocator itself reports them.
+    The allocator itself reports them, to the profiler.
     """
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _silence():
+        profile.start()
+    try:
+        call()
+    finally:
+        with _silence():
+            profile.stop()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
     events: list[Any] = profile.profiler.kineto_results.events()
     memory = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
     memory.sort(key=lambda event: event.start_ns())  # stable: equal times keep the recorded order
-    return [(event.start_ns(), event.nbytes()) for event in memory]
+    return [event.nbytes() for event in memory]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what the profiler's C++ code writes to standard error away from the user: it has no switch."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

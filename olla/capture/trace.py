@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, fx
 
 from olla.capture.program import Program, unchanged
 from olla.capture.rewrite import rewrite
+from olla.capture.source import line_of_error
 from olla.capture.updates import Update, UpdateRecorder
 from olla.errors import CaptureError, OllaError
 from olla.torch_private import (
@@ -245,13 +244,10 @@ def _erase_profiler_marks(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-
-
 def _explained(error: Exception) -> CaptureError:
     """What went wrong, in the user's words and at the user's line."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_LIBRARIES, "<"))]
-    at = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    line = line_of_error(error)
+    at = f" at {line}" if line else ""
     if isinstance(error, DATA_DEPENDENT_ERRORS) or TRACED_VALUE_MESSAGE in str(error):
         return CaptureError(
             f"the step asks for the value of a tensor{at}. A plan is made once and must hold for all values: replace "

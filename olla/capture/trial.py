@@ -139,7 +139,7 @@ class _PeakOfNewTensors(TorchDispatchMode):
     """The most bytes of tensors, made while it is active, that were alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live: dict[int, weakref.ref[Tensor]] = {}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from olla.torch_private import allocation_events
+from olla.torch_private import cpu_allocations
 
 __all__ = ["Measurement", "measure"]
 
@@ -75,9 +75,7 @@ def measure(planned: Call, eager: Call, *, device: torch.device, planned_bytes: 
 def _cpu_peak(call: Call, device: torch.device) -> tuple[int, None]:
     """The running sum of all that the CPU allocator gave and took, at its highest; exact to the byte."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    return max(accumulate(size for _, size in allocation_events(profile)), default=0), None
+    return max(accumulate(cpu_allocations(call)), default=0), None
 
 
 def _cuda_peak(call: Call, device: torch.device) -> tuple[int, int]:
