@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import unittest
+from dataclasses import replace
 
 import networkx
 from graphs import diamond, graphs
@@ -52,6 +53,13 @@ class GraphTest(unittest.TestCase):
     def test_the_digest_tells_graphs_apart(self) -> None:
         graph = diamond()
         self.assertNotEqual(graph.digest, Graph(graph.ops, graph.storages).digest)
+
+    def test_names_do_not_change_the_digest(self) -> None:
+        graph = diamond()
+        renamed = Graph(
+            tuple(replace(op, name="op", source="x.py:1") for op in graph.ops), graph.storages, graph.outputs
+        )
+        self.assertEqual(graph.digest, renamed.digest)
 
 
 class InvalidGraphTest(unittest.TestCase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,6 +170,16 @@ class LowerTest(unittest.TestCase):
         graph = self.lowered(wide, torch.randn(4, 2000), optimizer=sgd(wide.parameters()))
         updates = [op.name for op in graph.ops if op.name.startswith("update")]
         self.assertEqual(updates[-1], "update 0.bias and 2.weight and 2.bias and 3.weight and 3.bias")
+
+    def test_an_op_of_the_forward_pass_knows_its_line(self) -> None:
+        class Lines(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return F.gelu(x)
+
+        graph = self.lowered(Lines().eval(), torch.randn(3))
+        file, line = graph.ops[0].source.rsplit(":", 1)
+        self.assertEqual(Path(file).name, "lower_test.py")
+        self.assertIn("F.gelu(x)", Path(file).read_text().splitlines()[int(line) - 1])
 
     def test_random_operators_are_in_one_chain(self) -> None:
         class Draws(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from olla.capture.program import Program
+from olla.capture.source import line_of_trace
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
@@ -124,7 +125,16 @@ class _Builder:
     def _append(
         self, node: fx.Node, name: str, creates: list[int], reads: set[int], writes: set[int], workspace: int
     ) -> None:
-        self.ops.append(Op(name, tuple(creates), tuple(sorted(reads)), tuple(sorted(writes)), workspace, _source(node)))
+        self.ops.append(
+            Op(
+                name,
+                creates=tuple(creates),
+                reads=tuple(sorted(reads)),
+                writes=tuple(sorted(writes)),
+                workspace=workspace,
+                source=line_of_trace(node.meta.get("stack_trace") or ""),
+            )
+        )
         self.nodes.append(node)
 
     def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False) -> int:
@@ -171,8 +181,3 @@ def _nodes(value: object) -> Iterator[fx.Node]:
 def _is_random(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
-
-
-def _source(node: fx.Node) -> str:
-    """The innermost line of code outside PyTorch that led to the call, as ``file:line``."""
-    return ""

@@ -109,9 +109,10 @@ class Graph:
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of everything a plan depends on: equal graphs have equal digests."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """A fingerprint of all that a plan depends on, which names and sources are not."""
+        ops = [(op.creates, op.reads, op.writes, op.workspace) for op in self.ops]
+        storages = [(storage.size, storage.persistent) for storage in self.storages]
+        return hashlib.sha256(json.dumps([ops, storages, self.outputs]).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The graph as JSON-ready data; :meth:`from_dict` reads it back."""
