@@ -146,6 +146,12 @@ class OptimizersTest(EagerTestCase):
     def test_third_party(self) -> None:
         self.check(lambda p: SignOfMomentum(p, lr=0.01))
 
+    def test_sparse_gradients(self) -> None:
+        for make in (optim.SparseAdam, lambda p: optim.SGD(p, lr=0.1)):
+            self.assert_training_same(
+                nn.Embedding(50, 4, sparse=True), lambda: torch.randint(0, 50, (6,)), make_optimizer=make
+            )
+
     def test_one_that_couples_all_parameters(self) -> None:
         self.check(lambda p: NormalizedTogether(p, lr=0.1), separable=False)
 
@@ -234,6 +240,18 @@ class SchedulersTest(EagerTestCase):
         self.assertEqual(calls, [])
         step(images(), targets=labels())
         self.assertEqual(calls, ["before", "after"])
+
+    def test_a_hook_that_is_added_later_runs_once_per_step_too(self) -> None:
+        net = Net()
+        optimizer = sgd(net.parameters())
+        step = olla.optimize(net, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=optimizer)
+        step(images(), targets=labels())
+        calls: list[str] = []
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        with self.assertLogs("olla", "WARNING") as logs:
+            step(images(), targets=labels())
+        self.assertIn("hooks of an optimizer", logs.output[0])
+        self.assertEqual(calls, ["after"])
 
     def test_a_checkpoint_of_eager_pytorch_is_resumed(self) -> None:
         torch.manual_seed(0)

@@ -432,6 +432,13 @@ class SignaturesTest(EagerTestCase):
         with self.assertLogs("olla", "WARNING"):
             self.run_both(*batch())
 
+    def test_another_stride_is_planned(self) -> None:
+        model = nn.Conv2d(1, 1, 1).eval()
+        step = olla.optimize(model, torch.randn(1, 1, 4, 4))
+        model.stride = (2, 2)
+        with self.assertLogs("olla", "WARNING"):
+            self.assertEqual(step(torch.randn(1, 1, 4, 4)).shape, (1, 1, 2, 2))
+
     def test_freezing_a_parameter_is_planned(self) -> None:
         for one in (self.planned, self.eager):
             one.model[0].weight.requires_grad_(False)

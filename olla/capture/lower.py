@@ -152,7 +152,10 @@ class _Builder:
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
-    return [value for value in _pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+    """The tensors with bytes of their own that the call returns; of a sparse one, its indices and values."""
+    tensors = [value for value in _pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+    parts = [(t._indices(), t._values()) if t.is_sparse else (t,) for t in tensors]
+    return [part for both in parts for part in both]
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from olla.capture.updates import is_watched
 from olla.errors import CaptureError, ExecutionError
 from olla.torch_private import TreeSpec, flatten
 
@@ -49,9 +50,10 @@ class Signature:
     state: tuple[Any, ...]
     modules: tuple[Any, ...]
     autocast: tuple[Any, ...]
+    watched: tuple[bool, ...]  # which optimizers have hooks
 
     def __hash__(self) -> int:
-        return hash((self.leaves, self.state, self.modules, self.autocast))
+        return hash((self.leaves, self.state, self.modules, self.autocast, self.watched))
 
     def difference(self, other: Signature) -> str:
         """What differs from ``other``, for people."""
@@ -61,6 +63,7 @@ class Signature:
             "state": "other dtypes, shapes or requires_grad of parameters",
             "modules": "a changed setting of a module (train/eval, dropout rate, ...)",
             "autocast": "another autocast state",
+            "watched": "hooks of an optimizer that were added or removed",
         }
         found = [text for name, text in what.items() if getattr(self, name) != getattr(other, name)]
         return " and ".join(found) or "gradients that are there instead of missing, or the reverse"
@@ -153,6 +156,7 @@ class Program:
             state=tuple(_describe_tensor(tensor) for tensor in self.state.values()),
             modules=tuple(_settings(module) for module in self._parts),
             autocast=_autocast(),
+            watched=tuple(is_watched(optimizer) for optimizer in self.optimizers),
         )
 
 
@@ -210,8 +214,12 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of a module: ``training``, a dropout's ``p``, a convolution's mode, ..."""
-    return tuple(value for value in vars(module).values() if type(value) in _PLAIN)
+    """The plain attributes of a module: ``training``, a dropout's ``p``, a convolution's stride, ..."""
+    return tuple(value for value in vars(module).values() if type(value) in _PLAIN or _is_plain_tuple(value))
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return type(value) is tuple and all(type(item) in _PLAIN for item in value)
 
 
 def _describe_tensor(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,10 +1,9 @@
 """The optimizer in the graph: an update is one op, and running it calls the live optimizer itself.
 
 So every optimizer works, numbers are those of eager PyTorch, and hyper-parameters are read when
-the step runs. An optimizer that treats parameters separately gets one op per parameter (or
-per few, where they are small), and a gradient can be used up as soon as it exists; any other gets
-one op over all. Which kind it is gets
-tried out on tiny parameters, not looked up in a list.
+the step runs. An optimizer that treats parameters separately gets one op per parameter (or per few,
+where they are small), and a gradient can be used up as soon as it exists; any other gets one op
+over all. Which kind it is gets tried out on tiny parameters, not looked up in a list.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from olla.capture.trial import hyper_parameters, narrowed, separable
 from olla.errors import CaptureError
 from olla.torch_private import is_wrapped_by_scheduler
 
-__all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "needs_closure"]
+__all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "is_watched", "needs_closure"]
 
 Pair = tuple[Tensor, Tensor]  # a live parameter and the twin that stands for it while tracing
 
@@ -79,7 +78,7 @@ class UpdateRecorder:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._separable = {
-            id(optimizer): not _watched(optimizer) and not needs_closure(optimizer) and separable(optimizer)
+            id(optimizer): not is_watched(optimizer) and not needs_closure(optimizer) and separable(optimizer)
             for optimizer in optimizers
         }
         self.updates: list[Update] = []
@@ -169,7 +168,7 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _watched(optimizer: Optimizer) -> bool:
+def is_watched(optimizer: Optimizer) -> bool:
     """Whether somebody's code runs around ``step``, and would see many steps instead of one."""
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     replaced = "step" in vars(optimizer) and not is_wrapped_by_scheduler(optimizer.step)
