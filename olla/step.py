@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from olla.capture.lower import Lowered, lower
-from olla.capture.program import Program, Signature, Snapshot, random_state
+from olla.capture.program import Program
+from olla.capture.restore import Snapshot, random_state
+from olla.capture.signature import Signature
 from olla.capture.trace import Trace, trace
 from olla.errors import ExecutionError
 from olla.graph.check import verify
@@ -161,8 +163,8 @@ class Step:
         return Report(self.plan, self._measurement)
 
     def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Planned:
-        signature = self._program.signature(args, kwargs)
-        known = self._planned.setdefault(signature, [])
+        signature = Signature.of(self._program, args, kwargs)
+        known = self._planned.get(signature, ())
         found = next((planned for planned in known if planned.runner.fits_gradients()), None)
         if found is None:
             if self._latest is not None:
@@ -170,8 +172,9 @@ class Step:
                 log.warning("planning again for %s", signature.difference(self._latest.signature))
             draft = self._draft(args, kwargs)
             code = emit(draft.traced, draft.lowered, draft.plan.order)
+            signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
             found = _Planned(signature, draft, Runner(self._program, draft.traced, code))
-            known.append(found)
+            self._planned.setdefault(signature, []).append(found)
         self._latest = found
         return found
 

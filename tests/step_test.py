@@ -549,3 +549,25 @@ class CodeTest(EagerTestCase):
             warnings.simplefilter("error")
             model, (x, y) = mlp(), batch()
             olla.optimize(model, x, loss_fn=F.cross_entropy, targets=y, optimizer=sgd(model.parameters()))
+
+
+class CountersTest(EagerTestCase):
+    def test_a_counter_of_the_model_does_not_make_the_step_plan_again(self) -> None:
+        class Counting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(3, 3)
+                self.calls = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                return self.layer(x)
+
+        model, x = Counting().eval(), torch.randn(2, 3)
+        with self.assertLogs("olla", "WARNING") as logs:
+            step = olla.optimize(model, x)
+        self.assertIn("will not change model.calls", logs.output[0])
+        model(x)  # as in a validation loop
+        with self.assertNoLogs("olla", "WARNING"):
+            step(x)
+        self.assertEqual(model.calls, 1)

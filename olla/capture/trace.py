@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from olla.capture.program import Program, unchanged
+from olla.capture.program import Program
+from olla.capture.restore import unchanged
 from olla.capture.rewrite import rewrite
 from olla.capture.source import line_of_error
 from olla.capture.updates import Update, UpdateRecorder
@@ -106,7 +107,8 @@ class _Attempt:
         """Trace the step."""
         program, mode = self.program, fake_mode()
         _require_leaves(self.leaves, training=not program.inference)
-        with real_tensors(), unchanged(program) as changed:
+        known = set(program.own_attributes)
+        with real_tensors(), unchanged(program):
             try:
                 state = [fake_tensor(tensor, mode) for tensor in program.state.values()]
                 twins = dict(zip(program.state, state, strict=True))
@@ -118,8 +120,7 @@ class _Attempt:
                 raise
             except Exception as error:  # whatever the user's code raises: explained and chained
                 raise _explained(error) from error
-        if changed:
-            log.warning("a planned step runs no Python code of the model: it will not change %s", ", ".join(changed))
+        _warn_of_changes(program, program.own_attributes - known)
         _require_known_tensors(module)
         _erase_profiler_marks(module)
         rewrite(module)
@@ -205,6 +206,13 @@ def _write_back_rebound_buffers(program: Program, twins: dict[str, Tensor]) -> N
                     f"{tuple(twin.shape)} {twin.dtype} by {tuple(value.shape)} {value.dtype}"
                 )
             twin.copy_(value)
+
+
+def _warn_of_changes(program: Program, changes: set[tuple[int, str]]) -> None:
+    modules = {id(module): name for name, module in program.container.named_modules()}
+    names = sorted(f"{modules[module]}.{attribute}" for module, attribute in changes)
+    if names:
+        log.warning("a planned step runs no Python code of the model: it will not change %s", ", ".join(names))
 
 
 def _require_leaves(leaves: Sequence[Any], *, training: bool) -> None:

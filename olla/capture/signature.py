@@ -1,0 +1,114 @@
+"""What a capture depends on: calls of equal signature share a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olla.capture.program import Program
+from olla.capture.updates import is_watched
+from olla.errors import CaptureError
+from olla.torch_private import TreeSpec, flatten
+
+__all__ = ["PLAIN", "Signature"]
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that a capture depends on beside the values of tensors. Equal signatures share a plan."""
+
+    structure: TreeSpec
+    leaves: tuple[Any, ...]
+    state: tuple[Any, ...]
+    modules: tuple[Any, ...]
+    autocast: tuple[Any, ...]
+    watched: tuple[bool, ...]  # which optimizers have hooks
+
+    def __hash__(self) -> int:
+        return hash((self.leaves, self.state, self.modules, self.autocast, self.watched))
+
+    def difference(self, other: Signature) -> str:
+        """What differs from ``other``, for people."""
+        what = {
+            "structure": "arguments of another structure",
+            "leaves": "arguments of another shape, dtype or value",
+            "state": "other dtypes, shapes or requires_grad of parameters",
+            "modules": "a changed setting of a module (train/eval, dropout rate, ...)",
+            "autocast": "another autocast state",
+            "watched": "hooks of an optimizer that were added or removed",
+        }
+        found = [text for name, text in what.items() if getattr(self, name) != getattr(other, name)]
+        return " and ".join(found) or "gradients that are there instead of missing, or the reverse"
+
+    def moved(self, other: Signature) -> tuple[int, torch.device, torch.device] | None:
+        """The first tensor argument that is on another device than in ``other``: position, here, there."""
+        if self.structure != other.structure:
+            return None
+        for position, (mine, theirs) in enumerate(zip(self.leaves, other.leaves, strict=True)):
+            if mine[0] == theirs[0] == "tensor" and mine[4] != theirs[4]:
+                return position, mine[4], theirs[4]
+        return None
+
+    @classmethod
+    def of(cls, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+        """The signature of a call of ``program``.
+
+        Raises
+        ------
+        CaptureError
+            If an argument holds something that is neither a tensor nor a plain hashable value.
+        """
+        leaves, structure = flatten((args, kwargs))
+        return cls(
+            structure=structure,
+            leaves=tuple(_describe_leaf(leaf) for leaf in leaves),
+            state=tuple(_describe_tensor(tensor) for tensor in program.state.values()),
+            modules=_settings(program),
+            autocast=_autocast(),
+            watched=tuple(is_watched(optimizer) for optimizer in program.optimizers),
+        )
+
+
+def _settings(program: Program) -> tuple[Any, ...]:
+    """The plain attributes of all modules: ``training``, a dropout's ``p``, a convolution's stride, ...
+
+    Those that the step itself changes are left out: a planned step does not run that code.
+    """
+    own = program.own_attributes
+    return tuple(
+        value
+        for module in program.parts
+        for name, value in vars(module).items()
+        if (type(value) in PLAIN or _is_plain_tuple(value)) and (id(module), name) not in own
+    )
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return type(value) is tuple and all(type(item) in PLAIN for item in value)
+
+
+def _describe_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def _describe_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return ("tensor", *_describe_tensor(leaf))
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise CaptureError(
+            f"an argument holds a {type(leaf).__name__}, which OLLA cannot compare from call to call: "
+            "pass tensors, numbers, strings, or containers of them"
+        ) from error
+    return (type(leaf), leaf)
+
+
+def _autocast() -> tuple[Any, ...]:
+    devices = ("cpu", "cuda")
+    return tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices)
