@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["olla", "olla.*"]),
     package_data={"olla": ["py.typed"]},
-    install_requires=["numba>=0.61,<1", "numpy>=1.26,<3", "rich>=13,<16", "torch>=2.11,<2.15"],
+    install_requires=["numba>=0.61,<1", "numpy>=1.26,<3", "rich>=13,<16", "scipy>=1.11,<2", "torch>=2.11,<2.15"],
     extras_require={
         "bench": BENCH,
         "check": CHECK,

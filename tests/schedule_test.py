@@ -9,10 +9,11 @@ from graphs import diamond, graphs, is_legal, legal_orders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olla import Graph
+from olla import Graph, Storage
 from olla.graph.lifetimes import memory_profile, peak_bytes
 from olla.order import kernels
-from olla.order.bounds import must_live, must_live_bytes
+from olla.order.bounds import CutBound, must_live
+from olla.order.precedence import Precedence, TooLateError
 from olla.order.problem import Adjacency, Problem
 from olla.order.schedule import _RULES, _improve, _list_schedule, program_order, schedule
 
@@ -51,7 +52,7 @@ class ProblemTest(unittest.TestCase):
 
 class ScheduleTest(unittest.TestCase):
     @given(graphs())
-    def test_every_member_of_the_portfolio_gives_a_legal_order(self, graph: Graph) -> None:
+    def test_every_rule_gives_a_legal_order(self, graph: Graph) -> None:
         problem = Problem.of(graph)
         for rule in _RULES.values():
             forwards = _list_schedule(problem, rule)
@@ -85,6 +86,46 @@ class ScheduleTest(unittest.TestCase):
             for step, size in enumerate(memory_profile(graph, order)):
                 self.assertLessEqual(bound[order[step]], size)
 
+    @settings(max_examples=60)
+    @given(graphs(max_ops=6))
+    def test_the_cut_bound_is_alive_at_its_op_in_every_order_and_above_must_live(self, graph: Graph) -> None:
+        problem = Problem.of(graph)
+        cuts = [CutBound(problem).at(op) for op in range(problem.op_count)]
+        for cut, live in zip(cuts, must_live(problem), strict=True):
+            self.assertGreaterEqual(cut, live)
+        for order in legal_orders(graph):
+            for step, size in enumerate(memory_profile(graph, order)):
+                self.assertLessEqual(cuts[order[step]], size)
+
+    def test_the_cut_bound_stays_a_bound_where_sizes_exceed_32_bits(self) -> None:
+        large = 2**40 + 1
+        storages = tuple(Storage(s.name, s.size * large, s.persistent) for s in diamond().storages)
+        problem = Problem.of(Graph(diamond().ops, storages, diamond().outputs))
+        self.assertEqual([CutBound(problem).at(op) // large for op in range(6)], [4, 14, 5, 12, 4, 2])
+
+    @settings(max_examples=60)
+    @given(graphs(max_ops=6), st.data())
+    def test_precedences_hold_in_every_order_within_the_target(self, graph: Graph, data: st.DataObject) -> None:
+        problem = Problem.of(graph)
+        peaks = {order: peak_bytes(graph, order) for order in legal_orders(graph)}
+        target = data.draw(st.integers(min(peaks.values()) - 2, max(peaks.values())))
+        precedence = Precedence.of(problem).within(target, float("inf"))
+        within = [order for order, peak in peaks.items() if peak <= target]
+        if precedence is None:
+            self.assertEqual(within, [])
+            return
+        for order in within:
+            place = {op: step for step, op in enumerate((*order, len(graph.ops)))}
+            for later, earlier in zip(*np.nonzero(precedence.before), strict=True):
+                self.assertLessEqual(place[earlier], place[later])
+        restricted = precedence.restricted()
+        for rule in _RULES.values():
+            self.assertTrue(is_legal(graph, list(_list_schedule(restricted, rule)[:-1])))
+
+    def test_propagation_ends_at_its_deadline(self) -> None:
+        with self.assertRaises(TooLateError):
+            Precedence.of(Problem.of(diamond())).within(15, deadline=0.0)
+
     @given(graphs())
     def test_the_same_graph_gives_the_same_schedule(self, graph: Graph) -> None:
         self.assertEqual(schedule(graph).order, schedule(graph).order)
@@ -97,9 +138,13 @@ class ScheduleTest(unittest.TestCase):
         found = program_order(diamond())
         self.assertEqual((found.order, found.peak_bytes), (tuple(range(6)), 15))
 
-    def test_the_bound_of_the_diamond(self) -> None:
+    def test_the_bounds_of_the_diamond(self) -> None:
         # While `widen` runs, `start` and `wide` are in memory: 14 bytes, whatever the order.
-        self.assertEqual(must_live_bytes(Problem.of(diamond())), 14)
+        problem = Problem.of(diamond())
+        self.assertEqual(must_live(problem).max(), 14)
+        # While `shrink` runs, `start` is still there or `narrow` is there already: 10 + 1 + 1 bytes at least.
+        self.assertEqual([CutBound(problem).at(op) for op in range(6)], [4, 14, 5, 12, 4, 2])
+        self.assertEqual(schedule(diamond()).lower_bound_bytes, 15)
 
     def test_an_empty_graph(self) -> None:
         found = schedule(Graph((), ()))

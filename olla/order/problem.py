@@ -38,6 +38,10 @@ class Adjacency:
         items = np.fromiter((item for row in lists for item in row), np.int64, count=int(start[-1]))
         return cls(start, items)
 
+    def row(self, index: int) -> Integers:
+        """The items of one row."""
+        return self.items[self.start[index] : self.start[index + 1]]
+
     def transpose(self, rows: int) -> Adjacency:
         """The reverse relation: which rows hold item ``i``, for ``i < rows``; each in rising order."""
         owner = np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
