@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["olla", "olla.*"]),
     package_data={"olla": ["py.typed"]},
     install_requires=["numba>=0.61,<1", "numpy>=1.26,<3", "rich>=13,<16", "scipy>=1.11,<2", "torch>=2.11,<2.15"],
+    entry_points={"console_scripts": ["olla = olla.cli:main"]},
     extras_require={
         "bench": BENCH,
         "check": CHECK,

@@ -3,7 +3,7 @@
 >>> step = olla.optimize(model, inputs, loss_fn=loss_fn, targets=targets, optimizer=optimizer)
 >>> loss = step(inputs, targets=targets)
 
-The names that need PyTorch load it when they are first used: graphs and plans work without it.
+What needs PyTorch loads it when it is first used: graphs, plans and ``olla.schedule`` work without it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from olla.errors import CaptureError, ExecutionError, InvalidGraphError, InvalidPlanError, OllaError
 from olla.graph.graph import Graph, Op, Storage
-from olla.graph.plan import Plan
+from olla.graph.plan import Plan, Schedule
 
 if TYPE_CHECKING:
     from olla.api import optimize, optimize_step, plan
     from olla.measure.measurement import Measurement
+    from olla.order.schedule import schedule
     from olla.step import Step
 
 __all__ = [
@@ -30,26 +31,29 @@ __all__ = [
     "OllaError",
     "Op",
     "Plan",
+    "Schedule",
     "Step",
     "Storage",
     "optimize",
     "optimize_step",
     "plan",
+    "schedule",
 ]
 __version__ = "0.1.0"
 
-_NEEDS_TORCH = {
+_LOADED_WHEN_USED = {
     "Measurement": "olla.measure.measurement",
     "Step": "olla.step",
     "optimize": "olla.api",
     "optimize_step": "olla.api",
     "plan": "olla.api",
+    "schedule": "olla.order.schedule",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEEDS_TORCH:
+    if name not in _LOADED_WHEN_USED:
         raise AttributeError(f"module 'olla' has no attribute {name!r}")
-    value = getattr(import_module(_NEEDS_TORCH[name]), name)
+    value = getattr(import_module(_LOADED_WHEN_USED[name]), name)
     globals()[name] = value
     return value

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from olla.errors import InvalidGraphError
@@ -114,6 +115,25 @@ class Graph:
         storages = [(storage.size, storage.persistent) for storage in self.storages]
         return hashlib.sha256(json.dumps([ops, storages, self.outputs]).encode()).hexdigest()
 
+    def save(self, path: str | Path) -> None:
+        """Write the graph to ``path`` as JSON, in the form that docs/graphs.md describes."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Graph:
+        """Read a graph that :meth:`save` wrote, or that follows docs/graphs.md.
+
+        Raises
+        ------
+        InvalidGraphError
+            If the file holds no graph, or one that contradicts itself.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InvalidGraphError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
     def to_dict(self) -> dict[str, Any]:
         """The graph as JSON-ready data; :meth:`from_dict` reads it back."""
         return {
@@ -137,10 +157,16 @@ class Graph:
                 raise InvalidGraphError(f"format is {data['format']!r}, this version reads {FORMAT!r}")
             ops = tuple(_op_from_dict(entry) for entry in data["ops"])
             storages = tuple(Storage(**entry) for entry in data["storages"])
-            outputs = tuple(data["outputs"])
-        except (KeyError, TypeError) as error:
+            outputs = tuple(data.get("outputs", ()))
+        except (AttributeError, KeyError, TypeError) as error:
             raise InvalidGraphError(f"not a graph of format {FORMAT!r}: {error!r}") from error
         return cls(ops, storages, outputs)
+
+
+def _require_integers(values: Sequence[Any], where: str) -> None:
+    for value in values:
+        if type(value) is not int:
+            raise InvalidGraphError(f"{where} holds {value!r} where an integer is needed")
 
 
 def _op_from_dict(entry: dict[str, Any]) -> Op:
@@ -150,11 +176,13 @@ def _op_from_dict(entry: dict[str, Any]) -> Op:
 
 def _validate(graph: Graph) -> None:
     for position, storage in enumerate(graph.storages):
+        _require_integers([storage.size], f"storage {position} ({storage.name!r})")
         if storage.size < 0:
             raise InvalidGraphError(f"storage {position} ({storage.name!r}) has the negative size {storage.size}")
     exists = {position for position, storage in enumerate(graph.storages) if storage.persistent}
     for index, op in enumerate(graph.ops):
         where = f"op {index} ({op.name!r})"
+        _require_integers([*op.touches, op.workspace], where)
         if op.workspace < 0:
             raise InvalidGraphError(f"{where} has the negative workspace {op.workspace}")
         _require_known(op.touches, graph, where)
@@ -167,6 +195,7 @@ def _validate(graph: Graph) -> None:
         for used in op.reads + op.writes:
             if used not in exists:
                 raise InvalidGraphError(f"{where} touches storage {used} before any op has created it")
+    _require_integers(graph.outputs, "outputs")
     _require_known(graph.outputs, graph, "outputs")
     for output in graph.outputs:
         if output not in exists:

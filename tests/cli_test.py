@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from graphs import diamond
+
+import olla
+from olla.cli import main
+
+GUIDE = Path(__file__).parents[1] / "docs" / "graphs.md"
+
+
+class CommandLineTest(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.graph = self.folder / "graph.json"
+        self.plan = self.folder / "plan.json"
+        diamond().save(self.graph)
+
+    def run_main(self, *arguments: object) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([str(argument) for argument in arguments])
+        return status, out.getvalue(), err.getvalue()
+
+    def test_plan_prints_peak_bound_and_gap(self) -> None:
+        status, out, _ = self.run_main("plan", self.graph)
+        self.assertEqual(status, 0)
+        self.assertIn("15 bytes", out)
+        self.assertIn("optimal, gap 0.0000%", out)
+
+    def test_plan_writes_a_plan_that_check_accepts(self) -> None:
+        self.assertEqual(self.run_main("plan", self.graph, "--out", self.plan)[0], 0)
+        self.assertEqual(self.run_main("check", self.graph, self.plan)[:2], (0, "The plan is sound.\n"))
+
+    def test_plan_as_json(self) -> None:
+        _, out, _ = self.run_main("plan", self.graph, "--json")
+        self.assertEqual(olla.Plan.from_dict(json.loads(out)).peak_bytes, 15)
+
+    def test_check_says_what_is_wrong(self) -> None:
+        self.run_main("plan", self.graph, "--out", self.plan)
+        data = json.loads(self.plan.read_text())
+        data["peak_bytes"] -= 1
+        self.plan.write_text(json.dumps(data))
+        status, out, _ = self.run_main("check", self.graph, self.plan)
+        self.assertEqual(status, 1)
+        self.assertIn("14 bytes claimed, 15 needed", out)
+
+    def test_bad_input_is_an_error_with_status_2(self) -> None:
+        graph = diamond().to_dict()
+        bad = {
+            "is not JSON": "{",
+            "not a graph": "[]",
+            "negative size": json.dumps({**graph, "storages": [{"name": "x", "size": -1}]}),
+            "names storage 7": json.dumps({**graph, "outputs": [7]}),
+            "op 0 \\('begin'\\) touches storage 5": json.dumps({**graph, "ops": [{"name": "begin", "reads": [5]}]}),
+            "holds 1.5 where an integer": json.dumps({**graph, "storages": [{"name": "x", "size": 1.5}]}),
+        }
+        for message, text in bad.items():
+            self.graph.write_text(text)
+            status, _, err = self.run_main("plan", self.graph)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, message)
+        status, _, err = self.run_main("plan", self.folder / "missing.json")
+        self.assertEqual(status, 2)
+        self.assertIn("missing.json", err)
+
+    def test_it_needs_no_torch(self) -> None:
+        code = "import sys; from olla.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code, "plan", self.graph], check=True, stdout=subprocess.DEVNULL)
+
+    def test_the_package_runs_as_a_command(self) -> None:
+        finished = subprocess.run([sys.executable, "-m", "olla", "plan", "--help"], check=True, capture_output=True)
+        self.assertIn(b"GRAPH.json", finished.stdout)
+
+    def test_the_guide_does_what_it_says(self) -> None:
+        blocks = GUIDE.read_text().split("```")
+        python = next(block.removeprefix("python\n") for block in blocks if block.startswith("python\n"))
+        self.addCleanup(os.chdir, Path.cwd())
+        os.chdir(self.folder)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(python, {})
+        self.assertIn("(0, 1, 2) 2048 2048", printed.getvalue())
+        example = next(block.removeprefix("json\n") for block in blocks if block.startswith("json\n"))
+        (self.folder / "example.json").write_text(example)
+        for name in ("graph.json", "example.json"):
+            path = self.folder / name
+            self.assertEqual(self.run_main("plan", path, "--out", self.plan)[0], 0)
+            self.assertEqual(self.run_main("check", path, self.plan)[0], 0)
+
+
+class SaveTest(unittest.TestCase):
+    def test_a_graph_comes_back_from_its_file(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "graph.json"
+            diamond().save(path)
+            self.assertEqual(olla.Graph.load(path), diamond())
+
+    def test_schedule_is_public(self) -> None:
+        self.assertEqual(olla.schedule(diamond()).peak_bytes, 15)
