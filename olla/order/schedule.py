@@ -150,7 +150,7 @@ class _Search:
         """Whether some op's cut exceeds ``target`` under ``precedence``, which follows from the target."""
         restricted = precedence.restricted()
         cuts = CutBound(restricted)
-        for op in self._dearest(self._must_live):
+        for op in self._dearest(must_live(restricted)):
             if time.perf_counter() > self._deadline:
                 return False
             if cuts.at(op) > target:
