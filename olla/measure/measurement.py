@@ -44,7 +44,7 @@ class Measurement:
         return self.peak_bytes == self.planned_bytes
 
 
-def measure(planned: Call, eager: Call, *, device: torch.device, planned_bytes: int, pairs: int = 5) -> Measurement:
+def measure(planned: Call, eager: Call, *, device: torch.device, planned_bytes: int, pairs: int = 9) -> Measurement:
     """Run both steps, first for memory, then in turn for time.
 
     ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change.
