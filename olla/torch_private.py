@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,21 +24,32 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "FakeTensor",
+    "OpOverload",
+    "TorchDispatchMode",
     "TreeSpec",
+    "buffers_of",
     "cpu_allocations",
+    "dense_parts",
     "fake_mode",
     "fake_tensor",
     "flatten",
+    "has_step_hooks",
+    "identity",
     "is_wrapped_by_scheduler",
     "real_tensors",
+    "remove_step_hooks",
     "storage_key",
     "trace_fake",
     "unflatten",
+    "written_arguments",
 ]
 
 TreeSpec = _pytree.TreeSpec
@@ -88,6 +100,39 @@ def trace_fake(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
 def storage_key(tensor: Tensor) -> int:
     """Equal for two tensors if and only if they view one storage, as long as both are kept alive."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold the bytes of ``tensor``: itself, or the indices and values of a sparse one."""
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+
+
+def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
+    """Position and name of each argument that ``operator`` declares to change in place."""
+    arguments = enumerate(operator._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def identity(module: nn.Module) -> list[int]:
+    """Changes when a submodule, parameter or hook of ``module`` is added, removed or exchanged."""
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+    return [*map(id, module._modules.values()), *map(id, module._parameters.values()), len(module._buffers), hooks]
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """The dictionary in which ``module`` keeps its own buffers, live."""
+    return module._buffers
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether code of users runs before or after ``optimizer.step``."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+def remove_step_hooks(optimizer: Optimizer) -> None:
+    """Forget the hooks of this one optimizer."""
+    vars(optimizer).update(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
 
 
 def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:

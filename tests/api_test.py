@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import unittest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -299,6 +301,15 @@ class ImportTest(unittest.TestCase):
     def test_graphs_and_plans_need_no_torch(self) -> None:
         code = "import sys, olla, olla.order.schedule, olla.graph.check; assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_private_names_of_torch_are_in_one_file(self) -> None:
+        package = Path(olla.__file__).parent
+        private = re.compile(
+            r"torch(\.\w+)*\._[a-z]|from torch[\w.]* import .*\b_[a-z]|\._(schema|modules|parameters|buffers)\b"
+        )
+        for path in sorted(package.rglob("*.py")):
+            if path.name != "torch_private.py":
+                self.assertIsNone(private.search(path.read_text().replace('torch.utils._pytree"', "")), path.name)
 
     def test_public_names_exist(self) -> None:
         for name in olla.__all__:

@@ -30,7 +30,6 @@ class WatchingInterpreter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, lowered: Lowered) -> None:
         super().__init__(module)
         self.ops = dict(zip(lowered.nodes, lowered.graph.ops, strict=True))
-        self.views = lowered.view_storage
         self.generators = {i for i, s in enumerate(lowered.graph.storages) if s.name == "random generator"}
         self.undeclared: list[str] = []
 
@@ -157,15 +156,10 @@ class LowerTest(unittest.TestCase):
         self.assertLessEqual(readers, set(graph.predecessors[update]))
 
     def test_small_neighbours_share_an_update(self) -> None:
-        model = nn.Sequential(nn.Linear(100, 100), *(nn.BatchNorm1d(100) for _ in range(2)))
-        graph = self.lowered(model, torch.randn(4, 100), optimizer=sgd(model.parameters()))
+        even = nn.Sequential(nn.Linear(100, 100), nn.BatchNorm1d(100))
+        graph = self.lowered(even, torch.randn(4, 100), optimizer=sgd(even.parameters()))
         updates = [op.name for op in graph.ops if op.name.startswith("update")]
-        self.assertEqual(len(updates), 6)  # each is a hundredth of all gradients: too large to share
-        model = nn.Sequential(nn.Linear(1000, 1000), *(nn.BatchNorm1d(1000) for _ in range(2))).train()
-        graph = self.lowered(model, torch.randn(4, 1000), optimizer=sgd(model.parameters()))
-        updates = [op.name for op in graph.ops if op.name.startswith("update")]
-        self.assertEqual(len(updates), 6)
-        model = nn.Sequential(nn.Linear(2000, 2000), *(nn.LayerNorm(100) for _ in range(2)))
+        self.assertEqual(len(updates), 4)  # each is a hundredth of all gradients: too large to share
         wide = nn.Sequential(nn.Linear(2000, 2000), nn.Unflatten(1, (20, 100)), nn.LayerNorm(100), nn.LayerNorm(100))
         graph = self.lowered(wide, torch.randn(4, 2000), optimizer=sgd(wide.parameters()))
         updates = [op.name for op in graph.ops if op.name.startswith("update")]

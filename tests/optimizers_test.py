@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import olla
-from olla.capture.trial import footprint
+from olla.capture.trial import footprint, separable
 from olla.capture.updates import UpdateRecorder
 
 
@@ -279,6 +279,44 @@ class SchedulersTest(EagerTestCase):
         planned.optimizer.load_state_dict(optimizer_state)
         batches = [((images(),), {"targets": labels()}) for _ in range(3)]
         self.assert_steps_same(planned, eager, step, eager_step, batches)
+
+
+class RemembersEverything(optim.SGD):
+    """Keeps its own list of parameters and its own books, as some third-party optimizers do."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.mine = list(parameters)
+        self.book: list[int] = []
+        self.count = torch.zeros(())
+        super().__init__(self.mine, lr=lr)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.book.append(len(self.book))
+        self.count += 1
+        with torch.no_grad():
+            for parameter in self.mine:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad + 0 * torch.rand(()), alpha=-self.param_groups[0]["lr"])
+
+
+class TrialTest(EagerTestCase):
+    def test_a_learning_rate_of_zero_hides_no_coupling(self) -> None:
+        parameters = list(Net().parameters())
+        self.assertFalse(separable(NormalizedTogether(parameters, lr=0.0)))
+        self.assertTrue(separable(optim.SGD(parameters, lr=0.0)))
+        self.assertTrue(separable(optim.SGD(parameters, lr=torch.tensor(0.0))))
+
+    def test_an_optimizer_that_the_trial_cannot_reach_is_taken_as_a_whole_and_left_alone(self) -> None:
+        net = Net()
+        F.cross_entropy(net(images()), labels()).backward()  # real gradients, which a careless trial would use
+        before = copy.deepcopy([(p.detach(), p.grad) for p in net.parameters()])
+        optimizer = RemembersEverything(net.parameters(), lr=0.1)
+        random_state = torch.get_rng_state()
+        self.assertFalse(separable(optimizer))
+        footprint(optimizer, net.conv.weight)
+        self.assert_same([(p.detach(), p.grad) for p in net.parameters()], before, "parameters and gradients")
+        self.assertEqual((optimizer.book, optimizer.count.item()), ([], 0))
+        self.assertTrue(torch.equal(torch.get_rng_state(), random_state))
 
 
 class FootprintTest(EagerTestCase):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree
 
 from olla.capture.program import Program
 from olla.capture.source import line_of_trace
@@ -22,7 +21,7 @@ from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
 from olla.capture.workspace import workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
-from olla.torch_private import storage_key
+from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
 __all__ = ["Lowered", "lower"]
 
@@ -41,7 +40,7 @@ class Lowered:
 
     graph: Graph
     nodes: tuple[fx.Node, ...]  # nodes[i] is op i; all other calls are views, run when needed
-    view_storage: Mapping[fx.Node, int]  # the storage that each view is on
+    views: Mapping[fx.Node, set[int]]  # the storages that each view is on
 
 
 def lower(program: Program, traced: Trace) -> Lowered:
@@ -62,7 +61,7 @@ def lower(program: Program, traced: Trace) -> Lowered:
                 builder.add_op(node)
     outputs = builder.existing(traced.module.graph.output_node().all_input_nodes)
     graph = Graph(tuple(builder.ops), tuple(builder.storages), tuple(sorted(outputs)))
-    return Lowered(graph, tuple(builder.nodes), builder.view_storage)
+    return Lowered(graph, tuple(builder.nodes), builder.views)
 
 
 @dataclass
@@ -71,7 +70,7 @@ class _Builder:
     nodes: list[fx.Node] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
     ids: dict[int, int] = field(default_factory=dict)  # key of a torch storage -> our id
-    view_storage: dict[fx.Node, int] = field(default_factory=dict)
+    views: dict[fx.Node, set[int]] = field(default_factory=dict)
     optimizer_state: dict[tuple[int, int], int] = field(default_factory=dict)  # optimizer, parameter -> our id
     generator: int | None = None
 
@@ -87,8 +86,7 @@ class _Builder:
         return all(storage_key(tensor) in self.ids for tensor in results)
 
     def add_view(self, node: fx.Node) -> None:
-        for storage in self.existing([node]):
-            self.view_storage[node] = storage
+        self.views[node] = self.existing([node])
 
     def add_op(self, node: fx.Node) -> None:
         writes = self.existing(_writes(node))
@@ -153,20 +151,17 @@ class _Builder:
 
 def _tensors(node: fx.Node) -> list[Tensor]:
     """The tensors with bytes of their own that the call returns; of a sparse one, its indices and values."""
-    tensors = [value for value in _pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
-    parts = [(t._indices(), t._values()) if t.is_sparse else (t,) for t in tensors]
-    return [part for both in parts for part in both]
+    values, _ = flatten(node.meta.get("val"))
+    return [part for value in values if isinstance(value, Tensor) for part in dense_parts(value)]
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:
     """The arguments that the call changes in place."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return []
     written: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            written.extend(_nodes(value))
+    for position, name in written_arguments(node.target):
+        written.extend(_nodes(node.args[position] if position < len(node.args) else node.kwargs.get(name)))
     positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), None))
     if enabled_by is None or node.args[enabled_by]:
         written.extend(found for position in positions for found in _nodes(node.args[position]))
@@ -183,4 +178,4 @@ def _nodes(value: object) -> Iterator[fx.Node]:
 
 def _is_random(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from olla.errors import CaptureError, ExecutionError
+from olla.torch_private import buffers_of, identity
 
 __all__ = ["Program"]
 
@@ -61,22 +62,22 @@ class Program:
         container = Container(self.modules)
         object.__setattr__(self, "container", container)
         object.__setattr__(self, "parameters", dict(container.named_parameters()))
-        object.__setattr__(self, "_buffers", _buffer_places(container))
+        object.__setattr__(self, "_places", _buffer_places(container))
         object.__setattr__(self, "parts", tuple(container.modules()))
         _require_own_parameters(self)
         object.__setattr__(self, "_identity", _identity(self.parts, self.optimizers))
 
-    _buffers: dict[str, tuple[dict[str, Any], str]] = field(init=False, repr=False)
+    _places: dict[str, tuple[dict[str, Any], str]] = field(init=False, repr=False)
     _identity: tuple[int, ...] = field(init=False, repr=False)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The live parameters, then the live buffers (a model may replace its buffers at any time)."""
-        return {**self.parameters, **{name: owner[key] for name, (owner, key) in self._buffers.items()}}
+        return {**self.parameters, **{name: owner[key] for name, (owner, key) in self._places.items()}}
 
     def set_buffer(self, name: str, value: Tensor) -> None:
         """Make ``value`` the buffer of that name."""
-        owner, key = self._buffers[name]
+        owner, key = self._places[name]
         owner[key] = value
 
     @property
@@ -106,7 +107,7 @@ def _buffer_places(container: nn.Module) -> dict[str, tuple[dict[str, Any], str]
     places: dict[str, tuple[dict[str, Any], str]] = {}
     for name, _ in container.named_buffers():
         module, _, key = name.rpartition(".")
-        places[name] = (container.get_submodule(module)._buffers, key)
+        places[name] = (buffers_of(container.get_submodule(module)), key)
     return places
 
 
@@ -141,10 +142,7 @@ def _identity(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> 
     """Changes when a module, parameter, hook or parameter group is added, removed or exchanged."""
     parts: list[int] = []
     for module in modules:
-        parts.extend(map(id, module._modules.values()))
-        parts.extend(map(id, module._parameters.values()))
-        parts.append(len(module._buffers))
-        parts.append(len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks))
+        parts.extend(identity(module))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             parts.extend(map(id, group["params"]))

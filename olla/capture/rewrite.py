@@ -97,7 +97,7 @@ def _slices(node: fx.Node) -> int:
     values = [_value(argument) for argument in (gradient, input_, weight)]
     if transposed or groups != 1 or not _ints(mask)[1] or values[2].device.type != "cpu":
         return 1
-    activations, size = sum(_bytes(value) for value in values[:2]), _bytes(values[2])
+    activations, size = sum(value.nbytes for value in values[:2]), values[2].nbytes
     made = next((user for user in node.users if user.args[1] == 1), None)
     if size < _SMALLEST or size < _WORTH_IT * activations or made is None:
         return 1
@@ -130,10 +130,6 @@ def _value(argument: Any) -> Tensor:
     value = argument.meta["val"]
     assert isinstance(value, Tensor)
     return value
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _ints(argument: Any) -> list[int]:

@@ -21,6 +21,7 @@ from olla.torch_private import (
     DATA_DEPENDENT_ERRORS,
     TRACED_VALUE_MESSAGE,
     FakeTensor,
+    OpOverload,
     TreeSpec,
     fake_mode,
     fake_tensor,
@@ -248,7 +249,7 @@ def _require_known_tensors(module: fx.GraphModule) -> None:
 
 def _erase_profiler_marks(module: fx.GraphModule) -> None:
     for node in reversed(module.graph.nodes):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "profiler":
+        if isinstance(node.target, OpOverload) and node.target.namespace == "profiler":
             module.graph.erase_node(node)
 
 

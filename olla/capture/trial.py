@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from olla.torch_private import FakeTensor, real_tensors
+from olla.torch_private import FakeTensor, TorchDispatchMode, flatten, real_tensors, remove_step_hooks
 
 __all__ = ["Footprint", "footprint", "hyper_parameters", "narrowed", "separable"]
 
@@ -60,7 +58,7 @@ def separable(optimizer: Optimizer) -> bool:
 
     Three steps with gradients of very different size, so that a clipping by a norm over all would show.
     """
-    with real_tensors():
+    with _isolated(optimizer):
         groups = [{**group, "params": group["params"][:_PER_GROUP]} for group in optimizer.param_groups]
         joint, single = _Trial.of(optimizer, groups), _Trial.of(optimizer, groups)
         generator = torch.Generator().manual_seed(0)
@@ -74,14 +72,14 @@ def separable(optimizer: Optimizer) -> bool:
                     with narrowed(single.optimizer, (parameter,)):
                         single.step()
                 single.step_without_parameters()
+            return joint.moved and joint.equals(single)
         except _REFUSALS:
             return False
-        return all(torch.equal(a, b) for a, b in zip(joint.parameters, single.parameters, strict=True))
 
 
 def footprint(optimizer: Optimizer, parameter: Tensor) -> Footprint:
     """The footprint of updating ``parameter``: of its live state, if there is one, else as tried out."""
-    with real_tensors():
+    with _isolated(optimizer):
         trial = _Trial.of(optimizer, [{**_group_of(optimizer, parameter), "params": [parameter]}])
         tiny = trial.parameters[0]
         try:
@@ -95,7 +93,7 @@ def footprint(optimizer: Optimizer, parameter: Tensor) -> Footprint:
     state = optimizer.state.get(parameter)
     return Footprint(
         state=_state_bytes(state, {}) if state else _state_bytes(trial.optimizer.state[tiny], real_size),
-        workspace=round(new.peak / max(1, _bytes(tiny)) * _bytes(parameter)),
+        workspace=round(new.peak / max(1, tiny.nbytes) * parameter.nbytes),
     )
 
 
@@ -105,19 +103,36 @@ class _Trial:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._first = [parameter.detach().clone() for parameter in self.parameters]
 
     @classmethod
     def of(cls, optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> _Trial:
         """A trial of ``optimizer`` with as many parameters as ``groups`` hold, of as many dimensions."""
         twin = object.__new__(type(optimizer))  # not copy.copy, which leaves attributes behind
-        vars(twin).update(vars(optimizer), _optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
+        vars(twin).update({name: _own_copy(value) for name, value in vars(optimizer).items()})
+        remove_step_hooks(twin)
         twin.state = defaultdict(dict)
         generator = torch.Generator().manual_seed(1)
         twin.param_groups = [
             {**copy.deepcopy(hyper_parameters(group)), "params": [_tiny(p, generator) for p in group["params"]]}
             for group in groups
         ]
+        for group in twin.param_groups:
+            if group.get("lr") == 0:  # as at the start of a warm-up, where nothing would show
+                group["lr"] = 1e-3
         return cls(twin)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the steps changed any parameter at all."""
+        return not all(torch.equal(a, b) for a, b in zip(self.parameters, self._first, strict=True))
+
+    def equals(self, other: _Trial) -> bool:
+        """Whether parameters and hyper-parameters (some optimizers count steps there) are the same."""
+        groups = zip(self.optimizer.param_groups, other.optimizer.param_groups, strict=True)
+        return all(torch.equal(a, b) for a, b in zip(self.parameters, other.parameters, strict=True)) and all(
+            hyper_parameters(mine) == hyper_parameters(theirs) for mine, theirs in groups
+        )
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -135,6 +150,28 @@ class _Trial:
         self.optimizer.param_groups = groups
 
 
+@contextmanager
+def _isolated(optimizer: Optimizer) -> Iterator[None]:
+    """Let a trial neither see real gradients nor draw from the real random generators."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with real_tensors(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _own_copy(value: Any) -> Any:
+    """A copy of an attribute that a step may change in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
+
+
 class _PeakOfNewTensors(TorchDispatchMode):
     """The most bytes of tensors, made while it is active, that were alive at once."""
 
@@ -145,13 +182,13 @@ class _PeakOfNewTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it made."""
-        given = {_address(leaf) for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {_address(leaf) for leaf in flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for leaf in _pytree.tree_leaves(result):
+        for leaf in flatten(result)[0]:
             if isinstance(leaf, Tensor) and _address(leaf) not in given:
                 self._live[id(leaf)] = weakref.ref(leaf)
         alive = [tensor for tensor in (reference() for reference in self._live.values()) if tensor is not None]
-        self.peak = max(self.peak, sum(map(_bytes, alive)))
+        self.peak = max(self.peak, sum(tensor.nbytes for tensor in alive))
         return result
 
 
@@ -176,7 +213,3 @@ def _state_bytes(state: dict[Any, Any], real_size: dict[int, int]) -> int:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -16,11 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from olla.capture.trial import hyper_parameters, narrowed, separable
 from olla.errors import CaptureError
-from olla.torch_private import is_wrapped_by_scheduler
+from olla.torch_private import has_step_hooks, is_wrapped_by_scheduler
 
 __all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "is_watched", "needs_closure"]
 
@@ -105,7 +104,7 @@ class UpdateRecorder:
                 result = closure() if closure is not None else None
             by_group = [[(p, traced[id(p)]) for p in g["params"] if traced[id(p)].grad is not None] for g in live]
             if one_by_one:
-                small = sum(_bytes(p) for pairs in by_group for p, _ in pairs) // _SMALL
+                small = sum(p.nbytes for pairs in by_group for p, _ in pairs) // _SMALL
                 for chunk in (chunk for pairs in by_group for chunk in _chunks(pairs, small)):
                     self._record(optimizer, chunk, whole=False)
             else:
@@ -139,17 +138,13 @@ def _chunks(pairs: Sequence[Pair], small: int) -> Iterator[list[Pair]]:
     chunk: list[Pair] = []
     size = 0
     for pair in pairs:
-        if chunk and size + _bytes(pair[0]) > small:
+        if chunk and size + pair[0].nbytes > small:
             yield chunk
             chunk, size = [], 0
         chunk.append(pair)
-        size += _bytes(pair[0])
+        size += pair[0].nbytes
     if chunk:
         yield chunk
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def finish_step(optimizer: Optimizer) -> None:
@@ -170,6 +165,5 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 def is_watched(optimizer: Optimizer) -> bool:
     """Whether somebody's code runs around ``step``, and would see many steps instead of one."""
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     replaced = "step" in vars(optimizer) and not is_wrapped_by_scheduler(optimizer.step)
-    return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or replaced)
+    return replaced or has_step_hooks(optimizer)

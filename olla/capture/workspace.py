@@ -29,4 +29,4 @@ def _on_cpu(argument: object) -> int:
     assert isinstance(argument, fx.Node)
     tensor = argument.meta["val"]
     assert isinstance(tensor, Tensor)
-    return tensor.numel() * tensor.element_size() if tensor.device.type == "cpu" else 0
+    return tensor.nbytes if tensor.device.type == "cpu" else 0

@@ -79,7 +79,7 @@ class Graph:
 
     @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:
-        """For each op, the ops that must run before it (transitively reduced no further).
+        """For each op, the ops that must run before it (those that follow from others included).
 
         Read after write, write after read and write after write, storage by storage.
         """

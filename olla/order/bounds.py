@@ -62,7 +62,7 @@ class CutBound:
     touches it is not. The cheapest such division is a minimum cut, which a maximum flow gives
     (Ford and Fulkerson); no order can be at any other division when ``v`` runs.
 
-    It is never below :func:`must_live`, and takes some 10 ms per op where that takes none.
+    It is never below :func:`must_live`, and takes some milliseconds per op where that takes none.
     """
 
     _LARGEST = 2**30  # the flow is computed in 32-bit integers

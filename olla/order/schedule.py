@@ -27,7 +27,7 @@ _RULES = {
     "depth first": kernels.DEPTH,
     "breadth first": kernels.BREADTH,
 }
-_WORK = 4e8  # about two seconds of compiled work for all moves of one graph
+_WORK = 4e8  # steps simulated at most for the moves of one graph: none are tried on very large ones
 _ROUNDS = 6
 _IMPROVED_STARTS = 3
 _CUTS = 40  # ops whose cut bound is looked at, of the highest memory and of the highest must-live each
@@ -136,19 +136,18 @@ class _Search:
                 precedence = everything.within(target, self._deadline)
             except TooLateError:
                 return
-            if precedence is None or self._is_cut(precedence, target):
+            restricted = None if precedence is None else precedence.restricted()
+            if restricted is None or self._is_cut(restricted, target):
                 self._bound = target + 1
                 patience = _PATIENCE
                 continue
-            restricted = precedence.restricted()
             self._try(_portfolio(restricted, self._bound), ", within a target")
             if self._peak > target:
                 undecided = target
                 patience -= 1
 
-    def _is_cut(self, precedence: Precedence, target: int) -> bool:
-        """Whether some op's cut exceeds ``target`` under ``precedence``, which follows from the target."""
-        restricted = precedence.restricted()
+    def _is_cut(self, restricted: Problem, target: int) -> bool:
+        """Whether some op's cut exceeds ``target`` under the precedences that follow from it."""
         cuts = CutBound(restricted)
         for op in self._dearest(must_live(restricted)):
             if time.perf_counter() > self._deadline:

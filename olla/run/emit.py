@@ -13,6 +13,7 @@ from olla.capture.lower import Lowered
 from olla.capture.rewrite import slices_that_keep_the_bits, weight_gradient
 from olla.capture.trace import Trace
 from olla.capture.updates import UPDATE, Update
+from olla.torch_private import OpOverload
 
 __all__ = ["emit"]
 
@@ -41,7 +42,7 @@ class _Emitter:
                 self._copy(node)
         for index in order:
             node = self._lowered.nodes[index]
-            if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.inplace_view in node.target.tags:
+            if isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags:
                 self._take_views_before(index)
             self._require(node.all_input_nodes)
             if node.target is UPDATE:
@@ -76,11 +77,11 @@ class _Emitter:
 
     def _take_views_before(self, index: int) -> None:
         """Op ``index`` reshapes its tensor itself: a view of it that is older must be taken before."""
-        changed = self._lowered.graph.ops[index].writes
+        changed = set(self._lowered.graph.ops[index].writes)
         for node in self._traced.module.graph.nodes:
             if node is self._lowered.nodes[index]:
                 break
-            if self._lowered.view_storage.get(node) in changed:
+            if changed & self._lowered.views.get(node, set()):
                 self._require([node])
 
     def _emit_update(self, index: int) -> None:

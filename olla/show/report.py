@@ -20,9 +20,10 @@ class Report:
     def __str__(self) -> str:
         """A table of plain text."""
         plan, measured = self.plan, self.measurement
+        bound = format_bytes(plan.lower_bound_bytes)
         lines = [
             f"order       {plan.method}; planned in {plan.seconds:.2f} s",
-            f"proof       {plan.status}: at most {plan.gap:.2%} above {_bound(plan)}, which no order can beat",
+            f"proof       {plan.status}: at most {plan.gap:.2%} above {bound}, which no order can beat",
             f"persistent  {format_bytes(plan.persistent_bytes)} (parameters, buffers, optimizer state, inputs)",
             "",
             _row("peak above it", "eager", "planned", "saved"),
@@ -55,10 +56,6 @@ class Report:
             off = measured.peak_bytes / plan.peak_bytes - 1 if plan.peak_bytes else float("inf")
             lines.append(f"the measured peak is {off:+.1%} off the planned one (workspaces of operators)")
         return "\n".join(lines)
-
-
-def _bound(plan: Plan) -> str:
-    return format_bytes(plan.lower_bound_bytes)
 
 
 def _row(name: str, eager: str, planned: str, saved: str) -> str:
