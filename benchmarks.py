@@ -1,6 +1,6 @@
 """The paper's table, executed: what OLLA does to the peak memory of real models.
 
-    python benchmarks.py --quick                      five models, about a minute
+    python benchmarks.py --quick                      five models, a minute or two
     python benchmarks.py -m resnet18 -b 1 --mode train
     python benchmarks.py                              all models x batch 1 and 32 x train and eval
 
