@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator, Sequence
 
 from hypothesis import strategies as st
@@ -44,12 +46,46 @@ def _extended(graph: Graph, begun: tuple[int, ...]) -> Iterator[tuple[int, ...]]
             yield from _extended(graph, (*begun, op))
 
 
+def optimum(graph: Graph) -> int:
+    """The lowest peak of all legal orders: dynamic programming over the sets of ops that have run."""
+    touchers = [{op for op, it in enumerate(graph.ops) if s in it.touches} for s in range(len(graph.storages))]
+    kept = [i for i, storage in enumerate(graph.storages) if not storage.persistent and touchers[i]]
+    peaks = {frozenset[int](): 0}
+    for _ in graph.ops:
+        following: dict[frozenset[int], int] = {}
+        for done, peak in peaks.items():
+            for op in set(range(len(graph.ops))) - done:
+                if not done.issuperset(graph.predecessors[op]):
+                    continue
+                now = done | {op}
+                memory = graph.ops[op].workspace
+                for storage in kept:
+                    begun, needed = touchers[storage] & now, touchers[storage] - done or storage in graph.outputs
+                    memory += graph.storages[storage].size if begun and needed else 0
+                following[now] = min(following.get(now, sys.maxsize), max(peak, memory))
+        peaks = following
+    return peaks[frozenset(range(len(graph.ops)))]
+
+
 def is_legal(graph: Graph, order: Sequence[int]) -> bool:
     """Whether every op runs once, after everything it depends on."""
     place = {op: step for step, op in enumerate(order)}
     return sorted(order) == list(range(len(graph.ops))) and all(
         place[before] < place[op] for op in range(len(graph.ops)) for before in graph.predecessors[op]
     )
+
+
+def tangled(ops: int, seed: int) -> Graph:
+    """A random program without any structure, in which list schedules are far from the optimum."""
+    draw = random.Random(seed)
+    storages: list[Storage] = []
+    program = []
+    for index in range(ops):
+        reads = draw.sample(range(len(storages)), min(len(storages), draw.randint(0, 3)))
+        creates = tuple(range(len(storages), len(storages) + draw.randint(1, 2)))
+        storages += [Storage(f"tensor {i}", draw.randint(0, 20)) for i in creates]
+        program.append(Op(f"op {index}", creates, tuple(reads)))
+    return Graph(tuple(program), tuple(storages))
 
 
 def diamond() -> Graph:

@@ -7,14 +7,20 @@ bounds the peak of every order from below. :mod:`olla.order.precedence` makes bo
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_flow
 
+from olla.order.bits import padded, touched, weights
 from olla.order.problem import Adjacency, Integers, Problem
 
-__all__ = ["CutBound", "must_live"]
+__all__ = ["CutBound", "alike", "must_live", "set_cut"]
+
+_LARGEST_SET = 32
+_TOGETHER = 4096  # storages looked at together: a few hundred bytes for each op
 
 
 def must_live(problem: Problem) -> Integers:
@@ -24,33 +30,13 @@ def must_live(problem: Problem) -> Integers:
     or an ancestor of it, and one is ``v`` or a descendant, then the storage is alive while ``v``
     runs. So ``must_live(v) = workspace(v) + sum of sizes of these storages``.
     """
-    before = _reached(problem)
-    after = _reached(problem.reversed())
-    size_in_bytes = (len(problem.sizes) + 7) // 8
-    padded = np.zeros(size_in_bytes * 8, np.int64)
-    padded[: len(problem.sizes)] = problem.sizes
     result = problem.workspace.copy()
-    for op in range(problem.op_count):
-        packed = (before[op] & after[op]).to_bytes(size_in_bytes, "little")
-        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-        result[op] += int(padded[bits.view(bool)].sum())
+    backwards = problem.reversed()
+    for first in range(0, len(problem.sizes), _TOGETHER):
+        sizes = problem.sizes[first : first + _TOGETHER]
+        made, wanted = (touched(p, first, first + len(sizes)) for p in (problem, backwards))
+        result += weights(made & wanted, padded(sizes))
     return result
-
-
-def _reached(problem: Problem) -> list[int]:
-    """For each op, as a set of bits, the storages that it or an ancestor touches.
-
-    Python integers as bit sets: one ``|`` per dependency, at memory speed.
-    """
-    touched = [0] * problem.op_count
-    for op in np.argsort(problem.priority).tolist():
-        bits = 0
-        for storage in problem.touches.row(op).tolist():
-            bits |= 1 << storage
-        for other in problem.predecessors.row(op).tolist():
-            bits |= touched[other]
-        touched[op] = bits
-    return touched
 
 
 class CutBound:
@@ -72,10 +58,9 @@ class CutBound:
         count = problem.op_count
         self._source, self._sink = count + len(problem.sizes), count + len(problem.sizes) + 1
         self._creator = np.empty(len(problem.sizes), np.int64)
-        op_of_creation = np.repeat(np.arange(count), np.diff(problem.creates.start))
-        self._creator[problem.creates.items] = op_of_creation
-        self._touching = np.repeat(np.arange(count), np.diff(problem.touches.start))
-        self._later = np.repeat(np.arange(count), np.diff(problem.predecessors.start))
+        self._creator[problem.creates.items] = problem.creates.owners
+        self._touching = problem.touches.owners
+        self._later = problem.predecessors.owners
         # Capacities are rounded down to multiples of a unit, so that the bound stays a bound.
         divisor = math.gcd(*problem.sizes.tolist()) or 1
         self._unit = divisor * (int(problem.sizes.sum()) // divisor // self._LARGEST + 1)
@@ -106,6 +91,43 @@ class CutBound:
         network.data = np.minimum(network.data, self._LARGEST).astype(np.int32)  # parallel edges were summed
         flow = maximum_flow(network, self._source, self._sink).flow_value
         return certain + int(flow) * self._unit
+
+
+def set_cut(problem: Problem, ops: Sequence[int], floor: int) -> int:
+    """Bytes that are in memory, at least, when the first of ``ops`` runs, or the last of them; or ``floor``.
+
+    One of them runs before the others, whatever the order. So the least of their cut bounds, each
+    with that op before the others, is a bound; and the same for the last. Of ops that are alike,
+    each alone can run cheaply, after some others or before them; but not all can.
+    """
+
+    def least(pairs: Callable[[int, int], tuple[int, int]]) -> int:
+        smallest = sys.maxsize
+        for op in ops:
+            chosen = problem.with_pairs([pairs(op, other) for other in ops if other != op])
+            smallest = min(smallest, CutBound(chosen).at(op))
+            if smallest <= floor:
+                return floor
+        return smallest
+
+    return max(least(lambda op, other: (op, other)), least(lambda op, other: (other, op)))
+
+
+def alike(problem: Problem, op: int) -> list[int]:
+    """``op`` and others that touch storages of the same sizes, none of which must run before another."""
+
+    def sizes(other: int) -> list[int]:
+        return sorted(problem.sizes[problem.touches.row(other)].tolist())
+
+    wanted = sizes(op)
+    found, excluded = [op], {*_closure(problem.predecessors, op), *_closure(problem.successors, op)}
+    for other in np.nonzero(problem.workspace == problem.workspace[op])[0].tolist():
+        if other not in excluded and sizes(other) == wanted:
+            found.append(other)
+            excluded.update(_closure(problem.predecessors, other), _closure(problem.successors, other))
+            if len(found) == _LARGEST_SET:
+                break
+    return found
 
 
 def _closure(relation: Adjacency, op: int) -> list[int]:

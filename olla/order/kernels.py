@@ -1,4 +1,4 @@
-"""The compiled inner loops: memory profile, list scheduling, moves of single ops.
+"""The compiled inner loops: memory profile, list scheduling, swaps of neighbours.
 
 Numba compiles each at first use and keeps the result on disk. ``olla/graph/lifetimes.py`` is the
 plain reference for :func:`profile`; the tests compare the two.
@@ -11,7 +11,7 @@ from numba import njit
 
 from olla.order.problem import Integers
 
-__all__ = ["BREADTH", "DEPTH", "FREE_FIRST", "LEAST_NET", "LEAST_PEAK", "improve", "list_schedule", "profile"]
+__all__ = ["BREADTH", "DEPTH", "FREE_FIRST", "LEAST_NET", "LEAST_PEAK", "list_schedule", "profile", "settle"]
 
 # The rules by which list scheduling chooses among the ops that are ready.
 FREE_FIRST = 0  # an op that frees at least what it allocates, else the next in program order
@@ -147,77 +147,76 @@ def list_schedule(
 
 
 @njit(cache=True)
-def improve(
+def settle(
     order: Integers,
-    bound: int,
-    rounds: int,
+    memory: Integers,
+    ceiling: int,
+    swaps: int,
     pred_start: Integers,
     pred: Integers,
-    succ_start: Integers,
-    succ: Integers,
-    create_start: Integers,
-    create: Integers,
     touch_start: Integers,
     touch: Integers,
     sizes: Integers,
     workspace: Integers,
+    priority: Integers,
 ) -> Integers:
-    """Move one op at a time as early or as late as it may run, keeping what helps.
+    """Swap neighbours that are not in the order of their priority, where that is legal.
 
-    A move helps if the peak falls, or stays and the excess over ``bound``, summed over all steps,
-    falls. At most ``rounds`` passes over all ops; stops when a pass changes nothing.
+    Memory may rise up to ``ceiling``, and where it is above, not at all. ``memory`` is that of
+    ``order``. Stops after that many swaps.
     """
     count = len(order)
-    order = order.copy()
-    place = np.empty(count, np.int64)
+    order, memory = order.copy(), memory.copy()
+    first = np.full(len(sizes), count, np.int64)  # the step at which each storage's life begins, and ends
+    last = np.full(len(sizes), -1, np.int64)
     for step in range(count):
-        place[order[step]] = step
-    memory = profile(order, create_start, create, touch_start, touch, sizes, workspace)
-    peak = memory.max()
-    excess = np.maximum(memory - bound, 0).sum()
-    for _ in range(rounds):
-        if peak <= bound:
-            break
-        changed = False
-        for op in range(count):
-            here = place[op]
-            low = 0
-            for k in range(pred_start[op], pred_start[op + 1]):
-                low = max(low, place[pred[k]] + 1)
-            high = count - 1
-            for k in range(succ_start[op], succ_start[op + 1]):
-                high = min(high, place[succ[k]] - 1)
-            for side in range(2):
-                there = low if side == 0 else high
-                if there == here:
-                    continue
-                if memory[min(here, there) : max(here, there) + 1].max() <= bound:
-                    continue  # nothing in between is over the bound: the move cannot help
-                _move(order, here, there)
-                tried = profile(order, create_start, create, touch_start, touch, sizes, workspace)
-                tried_peak = tried.max()
-                tried_excess = np.maximum(tried - bound, 0).sum()
-                if tried_peak < peak or (tried_peak == peak and tried_excess < excess):
-                    memory = tried
-                    peak = tried_peak
-                    excess = tried_excess
-                    for step in range(min(here, there), max(here, there) + 1):
-                        place[order[step]] = step
-                    changed = True
-                    break
-                _move(order, there, here)
-        if not changed:
-            break
+        for k in range(touch_start[order[step]], touch_start[order[step] + 1]):
+            first[touch[k]] = min(first[touch[k]], step)
+            last[touch[k]] = step
+    for end in range(1, count):
+        for step in range(end, 0, -1):
+            early, late = order[step - 1], order[step]
+            if swaps == 0 or priority[early] < priority[late]:
+                break
+            depends = False
+            for k in range(pred_start[late], pred_start[late + 1]):
+                depends |= pred[k] == early
+            if depends:
+                break
+            # What only the one or only the other touches begins or ends one step later, or earlier.
+            at_late = memory[step - 1] - workspace[early] + workspace[late]
+            at_early = memory[step] - workspace[late] + workspace[early]
+            for k in range(touch_start[early], touch_start[early + 1]):
+                storage = touch[k]
+                if not _touches(late, storage, touch_start, touch):
+                    at_late -= sizes[storage] if first[storage] == step - 1 else 0
+                    at_early += sizes[storage] if last[storage] == step - 1 else 0
+            for k in range(touch_start[late], touch_start[late + 1]):
+                storage = touch[k]
+                if not _touches(early, storage, touch_start, touch):
+                    at_late += sizes[storage] if first[storage] == step else 0
+                    at_early -= sizes[storage] if last[storage] == step else 0
+            if max(at_late, at_early) > max(ceiling, memory[step - 1], memory[step]):
+                break
+            for k in range(touch_start[early], touch_start[early + 1]):
+                storage = touch[k]
+                if not _touches(late, storage, touch_start, touch):
+                    first[storage] += 1 if first[storage] == step - 1 else 0
+                    last[storage] += 1 if last[storage] == step - 1 else 0
+            for k in range(touch_start[late], touch_start[late + 1]):
+                storage = touch[k]
+                if not _touches(early, storage, touch_start, touch):
+                    first[storage] -= 1 if first[storage] == step else 0
+                    last[storage] -= 1 if last[storage] == step else 0
+            order[step - 1], order[step] = late, early
+            memory[step - 1], memory[step] = at_late, at_early
+            swaps -= 1
     return order
 
 
 @njit(cache=True)
-def _move(order: Integers, source: int, target: int) -> None:
-    op = order[source]
-    if target < source:
-        for step in range(source, target, -1):
-            order[step] = order[step - 1]
-    else:
-        for step in range(source, target):
-            order[step] = order[step + 1]
-    order[target] = op
+def _touches(op: int, storage: int, touch_start: Integers, touch: Integers) -> bool:
+    found = False
+    for k in range(touch_start[op], touch_start[op + 1]):
+        found |= touch[k] == storage
+    return found

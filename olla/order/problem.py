@@ -38,16 +38,25 @@ class Adjacency:
         items = np.fromiter((item for row in lists for item in row), np.int64, count=int(start[-1]))
         return cls(start, items)
 
+    @classmethod
+    def grouped(cls, rows: Integers, items: Integers, count: int) -> Adjacency:
+        """Put each item into its row, of ``count`` rows; within a row, items keep their order."""
+        start = np.zeros(count + 1, np.int64)
+        np.cumsum(np.bincount(rows, minlength=count), out=start[1:])
+        return cls(start, items[np.argsort(rows, kind="stable")])
+
+    @property
+    def owners(self) -> Integers:
+        """The row of each item."""
+        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
+
     def row(self, index: int) -> Integers:
         """The items of one row."""
         return self.items[self.start[index] : self.start[index + 1]]
 
     def transpose(self, rows: int) -> Adjacency:
         """The reverse relation: which rows hold item ``i``, for ``i < rows``; each in rising order."""
-        owner = np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
-        start = np.zeros(rows + 1, np.int64)
-        np.cumsum(np.bincount(self.items, minlength=rows), out=start[1:])
-        return Adjacency(start, owner[np.argsort(self.items, kind="stable")].astype(np.int64))
+        return Adjacency.grouped(self.items, self.owners, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,19 @@ class Problem:
     def op_count(self) -> int:
         """Number of ops, the added last one included."""
         return len(self.workspace)
+
+    @property
+    def touchers(self) -> Adjacency:
+        """Storage -> ops that touch it, in rising order."""
+        return self.touches.transpose(len(self.sizes))
+
+    def with_pairs(self, pairs: Sequence[tuple[int, int]]) -> Problem:
+        """The same problem with more precedences: in each pair, the first op runs before the second."""
+        added = np.array(pairs, np.int64).reshape(-1, 2)
+        earlier = np.concatenate([self.predecessors.items, added[:, 0]])
+        later = np.concatenate([self.predecessors.owners, added[:, 1]])
+        successors = Adjacency.grouped(earlier, later, self.op_count)
+        return replace(self, predecessors=Adjacency.grouped(later, earlier, self.op_count), successors=successors)
 
     def reversed(self) -> Problem:
         """The same problem with time running backwards: reverse its orders to get ours."""

@@ -1,218 +1,172 @@
-"""Graph to schedule: many cheap orders, judged by one estimator; then bounds, and a search between the two.
-
-Program order is the first candidate, so a plan is never worse than what it replaces.
-"""
+"""Graph to schedule: reduce, try many cheap orders, bound, and search between the best order and the bound."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
 from olla.graph.graph import Graph
 from olla.graph.plan import Schedule
-from olla.order import kernels
-from olla.order.bounds import CutBound, must_live
-from olla.order.precedence import Precedence, TooLateError
+from olla.order.bounds import CutBound, alike, must_live, set_cut
+from olla.order.improve import improved
+from olla.order.portfolio import list_schedules, peak, profile, settled
 from olla.order.problem import Integers, Problem
+from olla.order.reduce import Reduced
+from olla.order.search import search
 
 __all__ = ["program_order", "schedule"]
 
 _PROGRAM_ORDER = "program order"
-_RULES = {
-    "free first": kernels.FREE_FIRST,
-    "least peak": kernels.LEAST_PEAK,  # LPMF of PyTorch Inductor, torch/_inductor/memory.py
-    "least net": kernels.LEAST_NET,
-    "depth first": kernels.DEPTH,
-    "breadth first": kernels.BREADTH,
-}
-_WORK = 4e8  # steps simulated at most for the moves of one graph: none are tried on very large ones
-_ROUNDS = 6
-_IMPROVED_STARTS = 3
 _CUTS = 40  # ops whose cut bound is looked at, of the highest memory and of the highest must-live each
-_CLOSE = 1e-5  # a gap that is not worth narrowing
+_SETS = 8  # and those whose set cut is
 _PATIENCE = 3  # targets in a row that are neither refuted nor reached
-_MATRIX_OPS = 3000  # above, the matrices of Precedence would need gigabytes
+_SEARCHED_OPS = 6_000  # above, propagation would take too long
+_IMPROVED = 3  # list schedules that are improved
+_CLOSE = 1e-6  # a gap that is not worth a search
+_WORK = 2e8  # nodes searched for one target, at first, times the square of the number of ops
 
 
 def schedule(graph: Graph, *, time_limit: float = 60.0) -> Schedule:
     """Find an order of the ops of ``graph`` whose peak is low, and prove how low it could be.
+
+    The result depends on the graph alone, unless time runs out: nothing is drawn at random.
 
     Parameters
     ----------
     graph
         What to order.
     time_limit
-        Seconds after which the best order so far is returned, with the bound so far. One candidate
-        order is always made, however long it takes.
+        Seconds after which the best order so far is returned, with the bound so far. Ctrl-C returns
+        them at once.
 
     Returns
     -------
     Schedule
-        The best order found; among equal peaks, the one found first, program order before all.
+        The best order found. Its peak is never above that of program order; and where memory is
+        not scarce, ops run in program order.
     """
-    search = _Search(Problem.of(graph), time.perf_counter() + time_limit)
-    search.run()
-    return search.result()
+    started = time.perf_counter()
+    problem = Problem.of(graph)
+    found = _Search(problem, started + time_limit)
+    with suppress(KeyboardInterrupt):  # the user wants what there is
+        found.run()
+    program = np.arange(problem.op_count)
+    if peak(problem, program) <= found.peak:
+        return _schedule(problem, program, found.bound, _PROGRAM_ORDER, started)
+    return _schedule(problem, settled(problem, found.order), found.bound, found.method, started)
 
 
 def program_order(graph: Graph) -> Schedule:
     """The ops as they stand: what running ``graph`` without planning needs."""
-    search = _Search(Problem.of(graph), deadline=0.0)
-    search.run()
-    return search.result()
+    started = time.perf_counter()
+    problem = Problem.of(graph)
+    bound = int(must_live(problem).max())
+    return _schedule(problem, np.arange(problem.op_count), bound, _PROGRAM_ORDER, started)
+
+
+def _schedule(problem: Problem, order: Integers, bound: int, method: str, started: float) -> Schedule:
+    return Schedule(
+        order=tuple(order[:-1].tolist()),  # without the added last op
+        peak_bytes=peak(problem, order),
+        lower_bound_bytes=bound,
+        method=method,
+        seconds=time.perf_counter() - started,
+    )
 
 
 class _Search:
     """The best order and the best bound so far; each stage narrows the gap, until it is closed."""
 
     def __init__(self, problem: Problem, deadline: float) -> None:
-        self._problem = problem
-        self._started = time.perf_counter()
         self._deadline = deadline
-        self._must_live = must_live(problem)
-        self._bound = int(self._must_live.max())
-        self._order = np.arange(problem.op_count)
-        self._peak = _peak(problem, self._order)
-        self._method = _PROGRAM_ORDER
+        self.bound = 0
+        self.method = _PROGRAM_ORDER
+        self._start_from(Reduced.of(problem))
+
+    def _start_from(self, reduced: Reduced) -> None:
+        self._reduced, self._problem = reduced, reduced.problem
+        self._order = np.argsort(self._problem.priority)
+        self.peak = peak(self._problem, self._order)
+
+    @property
+    def order(self) -> Integers:
+        """The best order, of the ops of the problem as it was given."""
+        return self._reduced.expanded(self._order)
 
     def run(self) -> None:
-        self._try(_portfolio(self._problem, self._bound))
-        self._cut(CutBound(self._problem), self._must_live)
-        if self._problem.op_count <= _MATRIX_OPS:
-            self._bisect()
-
-    def result(self) -> Schedule:
-        return Schedule(
-            order=tuple(self._order[:-1].tolist()),  # without the added last op
-            peak_bytes=self._peak,
-            lower_bound_bytes=self._bound,
-            method=self._method,
-            seconds=time.perf_counter() - self._started,
-        )
+        """Search, until the gap is closed or time is over."""
+        self._start_from(self._reduced.merged(self._deadline))
+        self._must_live = must_live(self._problem)
+        self.bound = int(self._must_live.max())
+        starts = [(self.method, self._order)]
+        for method, order in list_schedules(self._problem):
+            if self._ended:
+                return
+            starts.append((method, order))
+            self._keep(order, method)
+        self._cut()
+        self._improve(sorted(starts, key=lambda start: peak(self._problem, start[1]))[:_IMPROVED])
+        if self._problem.op_count > _SEARCHED_OPS:
+            return
+        nodes = 1 + int(_WORK / self._problem.op_count**2)
+        while not self._is_close:
+            self._narrow(nodes)
+            self._improve([(self.method, self._order)])
+            nodes *= 4
 
     @property
     def _ended(self) -> bool:
-        return self._peak - self._bound <= self._bound * _CLOSE or time.perf_counter() > self._deadline
+        return self.peak <= self.bound or time.perf_counter() > self._deadline
 
-    def _try(self, candidates: Iterable[tuple[str, Integers]], note: str = "") -> None:
-        """Keep the best of the candidates."""
-        if self._ended:
-            return
-        for method, order in candidates:
-            peak = _peak(self._problem, order)
-            if peak < self._peak:
-                self._peak, self._order, self._method = peak, order, method + note
+    @property
+    def _is_close(self) -> bool:
+        return self._ended or self.peak - self.bound <= self.bound * _CLOSE
+
+    def _keep(self, order: Integers, method: str) -> None:
+        found = peak(self._problem, order)
+        if found < self.peak:
+            self._order, self.peak, self.method = order, found, method
+
+    def _improve(self, starts: list[tuple[str, Integers]]) -> None:
+        for method, order in starts:
+            if self._is_close:
+                return
+            self._keep(improved(self._problem, order, self._deadline), f"{method}, improved")
+
+    def _cut(self) -> None:
+        """Raise the bound by cuts, of single ops and of sets of ops that are alike."""
+        cuts = CutBound(self._problem)
+        for op in self._dearest(_CUTS):
             if self._ended:
                 return
-
-    def _cut(self, cuts: CutBound, estimate: Integers) -> None:
-        """Raise the bound by cuts at the ops where most is in memory, found or estimated."""
-        for op in self._dearest(estimate):
+            self.bound = max(self.bound, cuts.at(op))
+        for op in self._dearest(_SETS):
             if self._ended:
                 return
-            self._bound = max(self._bound, cuts.at(op))
+            self.bound = max(self.bound, set_cut(self._problem, alike(self._problem, op), self.bound))
 
-    def _dearest(self, estimate: Integers) -> list[int]:
-        memory = _profile(self._problem, self._order)
-        found = self._order[np.argsort(-memory, kind="stable")[:_CUTS]]
-        estimated = np.argsort(-estimate, kind="stable")[:_CUTS]
-        return list(dict.fromkeys([*found.tolist(), *estimated.tolist()]))
+    def _dearest(self, count: int) -> list[int]:
+        """The ops with the highest memory in the best order, and those where most is certain."""
+        memory = profile(self._problem, self._order)
+        found = self._order[np.argsort(-memory, kind="stable")[:count]]
+        certain = np.argsort(-self._must_live, kind="stable")[:count]
+        return list(dict.fromkeys([*found.tolist(), *certain.tolist()]))
 
-    def _bisect(self) -> None:
+    def _narrow(self, nodes: int) -> None:
         """Take targets between bound and peak: refute them, or find an order within them."""
-        if self._ended:
-            return
-        everything = Precedence.of(self._problem)
-        undecided = self._peak  # the lowest target that was neither refuted nor reached
+        ceiling = self.peak - 1  # below the lowest target that was neither refuted nor reached
         patience = _PATIENCE
-        while patience and not self._ended:
-            ceiling = min(self._peak, undecided) - 1
-            if ceiling < self._bound or (undecided < self._peak and ceiling - self._bound < self._bound * _CLOSE):
-                return
-            target = (self._bound + ceiling) // 2
-            try:
-                precedence = everything.within(target, self._deadline)
-            except TooLateError:
-                return
-            restricted = None if precedence is None else precedence.restricted()
-            if restricted is None or self._is_cut(restricted, target):
-                self._bound = target + 1
+        while patience and self.bound <= ceiling and not self._is_close:
+            target = (self.bound + ceiling) // 2
+            answer = search(self._problem, target, nodes=nodes, deadline=self._deadline)
+            if answer.order is not None:
+                self._keep(answer.order, f"{answer.method}, within a target")
+            self.bound = max(self.bound, min(answer.bound, self.peak))
+            if self.bound > target:
                 patience = _PATIENCE
-                continue
-            self._try(_portfolio(restricted, self._bound), ", within a target")
-            if self._peak > target:
-                undecided = target
+            elif self.peak > target:
+                ceiling = target - 1
                 patience -= 1
-
-    def _is_cut(self, restricted: Problem, target: int) -> bool:
-        """Whether some op's cut exceeds ``target`` under the precedences that follow from it."""
-        cuts = CutBound(restricted)
-        for op in self._dearest(must_live(restricted)):
-            if time.perf_counter() > self._deadline:
-                return False
-            if cuts.at(op) > target:
-                return True
-        return False
-
-
-def _portfolio(problem: Problem, bound: int) -> Iterator[tuple[str, Integers]]:
-    """Orders and how they were found: every rule both ways, then the best and program order improved."""
-    found = [(_PROGRAM_ORDER, np.argsort(problem.priority))]
-    backwards = problem.reversed()
-    for name, rule in _RULES.items():
-        for method, order in (
-            (name, _list_schedule(problem, rule)),
-            (f"{name}, backwards", _list_schedule(backwards, rule)[::-1].copy()),
-        ):
-            found.append((method, order))
-            yield method, order
-    found.sort(key=lambda member: _peak(problem, member[1]))  # stable: ties keep their rank
-    rounds = int(min(_ROUNDS, _WORK / (_IMPROVED_STARTS * 2.0 * problem.op_count**2)))
-    for method, order in found[:_IMPROVED_STARTS]:
-        yield f"{method}, improved", _improve(problem, order, bound, rounds)
-
-
-def _peak(problem: Problem, order: Integers) -> int:
-    return int(_profile(problem, order).max())
-
-
-def _profile(problem: Problem, order: Integers) -> Integers:
-    memory: Integers = kernels.profile(order, *_memory_arrays(problem))
-    return memory
-
-
-def _list_schedule(problem: Problem, rule: int) -> Integers:
-    order: Integers = kernels.list_schedule(
-        rule,
-        problem.predecessors.start,
-        problem.successors.start,
-        problem.successors.items,
-        problem.touches.start,
-        problem.touches.items,
-        problem.sizes,
-        problem.workspace,
-        problem.priority,
-    )
-    return order
-
-
-def _improve(problem: Problem, order: Integers, bound: int, rounds: int) -> Integers:
-    improved: Integers = kernels.improve(
-        order,
-        bound,
-        rounds,
-        problem.predecessors.start,
-        problem.predecessors.items,
-        problem.successors.start,
-        problem.successors.items,
-        *_memory_arrays(problem),
-    )
-    return improved
-
-
-def _memory_arrays(problem: Problem) -> tuple[Integers, ...]:
-    """What the kernels need to know to compute a memory profile."""
-    creates, touches = problem.creates, problem.touches
-    return creates.start, creates.items, touches.start, touches.items, problem.sizes, problem.workspace
+            ceiling = min(ceiling, self.peak - 1)
