@@ -16,7 +16,7 @@ from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Plan, Schedule
 
 if TYPE_CHECKING:
-    from olla.api import optimize, optimize_step, plan
+    from olla.api import optimize, optimize_step, plan, to_graph
     from olla.measure.measurement import Measurement
     from olla.order.schedule import schedule
     from olla.step import Step
@@ -38,6 +38,7 @@ __all__ = [
     "optimize_step",
     "plan",
     "schedule",
+    "to_graph",
 ]
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _LOADED_WHEN_USED = {
     "optimize_step": "olla.api",
     "plan": "olla.api",
     "schedule": "olla.order.schedule",
+    "to_graph": "olla.api",
 }
 
 

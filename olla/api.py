@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from olla.capture.program import Program
 from olla.capture.updates import needs_closure
 from olla.errors import CaptureError
+from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.step import Step
 
-__all__ = ["optimize", "optimize_step", "plan"]
+__all__ = ["optimize", "optimize_step", "plan", "to_graph"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -151,6 +152,28 @@ def plan(
     step = Step(_program(model, loss_fn, targets, optimizer), reorder=reorder, time_limit=time_limit, progress=progress)
     args, kwargs = _arguments(inputs, targets)
     return step.plan_for(*args, **kwargs)
+
+
+def to_graph(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+) -> Graph:
+    """Capture the step that :func:`optimize` would plan, as a graph to save or to plan in another way.
+
+    Like :func:`plan` it allocates nothing and takes models and inputs on the meta device or fake.
+
+    Raises
+    ------
+    CaptureError
+        If the step cannot be captured.
+    """
+    step = Step(_program(model, loss_fn, targets, optimizer), progress=False)
+    args, kwargs = _arguments(inputs, targets)
+    return step.graph_for(*args, **kwargs)
 
 
 def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

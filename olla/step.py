@@ -20,6 +20,7 @@ from olla.capture.signature import Signature
 from olla.capture.trace import Trace, trace
 from olla.errors import ExecutionError
 from olla.graph.check import verify
+from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
 from olla.order.schedule import program_order, schedule
@@ -158,6 +159,10 @@ class Step:
         """The plan for these arguments, made without allocating or preparing anything to run."""
         return self._draft(args, kwargs).plan
 
+    def graph_for(self, *args: Any, **kwargs: Any) -> Graph:
+        """The graph of the step for these arguments, not planned."""
+        return self._capture(args, kwargs)[1].graph
+
     def report(self) -> Report:
         """What was planned and, after :meth:`measure`, what was measured; print it."""
         return Report(self.plan, self._measurement)
@@ -178,11 +183,14 @@ class Step:
         self._latest = found
         return found
 
-    def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Draft:
-        started = time.perf_counter()
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Lowered]:
         with stage("capturing the step", self._progress):
             traced = trace(self._program, args, kwargs)
-            lowered = lower(self._program, traced)
+            return traced, lower(self._program, traced)
+
+    def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Draft:
+        started = time.perf_counter()
+        traced, lowered = self._capture(args, kwargs)
         capture_seconds = time.perf_counter() - started
         with stage(f"ordering {len(lowered.graph.ops):,} ops", self._progress):
             graph = lowered.graph

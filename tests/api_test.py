@@ -291,6 +291,14 @@ class PlanOnlyTest(unittest.TestCase):
         self.assertEqual(plan.persistent_bytes, 2 * 16 * 65536**2 * 4 + 8 * 65536 * 4)
         self.assertLess(plan.peak_bytes, plan.baseline_peak_bytes / 2)
 
+    def test_the_graph_that_is_planned_can_be_had(self) -> None:
+        model, (x, y) = Net(), example()
+        optimizer = sgd(model.parameters())
+        graph = olla.to_graph(model, x, loss_fn=F.cross_entropy, targets=y, optimizer=optimizer)
+        plan = olla.plan(model, x, loss_fn=F.cross_entropy, targets=y, optimizer=optimizer)
+        self.assertEqual(graph.digest, plan.graph_digest)
+        self.assertEqual(olla.schedule(graph).peak_bytes, plan.peak_bytes)
+
     def test_program_order_can_be_kept(self) -> None:
         plan = olla.plan(Net(), example()[0], reorder=False)
         self.assertEqual(plan.order, tuple(range(len(plan.order))))

@@ -63,6 +63,21 @@ class BenchmarksTest(unittest.TestCase):
         _, log, _ = self.run_with("-m", "tiny", "-b", "1", "--mode", "train", "--skip-node-ordering", "--no-execute")
         self.assertEqual(log.simulated_planned_bytes[0], log.simulated_eager_bytes[0])
 
+    def test_simulated_rows_allocate_nothing_and_are_compared_with_inductor(self) -> None:
+        status, log, text = self.run_with("-m", "tiny", "-m", "resnet18", "-b", "4096", "--simulate")
+        self.assertEqual(status, 0)
+        self.assertTrue(log.error.isna().all())
+        self.assertTrue(log.measured_planned_bytes.isna().all())
+        for name in ("lpmf", "bfs", "dfs"):
+            self.assertTrue((log[f"inductor_{name}_bytes"] >= log.simulated_planned_bytes).all())
+        self.assertGreater(log.simulated_planned_bytes[2], 2**36)  # resnet18 in training
+        self.assertIn("train: 2 graphs, gap at most 0.01 % on 2", text)
+        self.assertIn("in 0 of 8 comparisons", text)
+
+    def test_simulating_and_running_exclude_each_other(self) -> None:
+        with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            self.run_with("-m", "tiny", "--simulate", "--execute")
+
     def test_all_models_of_the_paper_are_there(self) -> None:
         vision = ["alexnet", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2", "r3d_18"]
         vision += ["resnet18", "resnet50", "squeezenet1_0", "vgg11", "vgg16", "vgg19", "vit_b_16"]

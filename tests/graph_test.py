@@ -78,11 +78,24 @@ class InvalidGraphTest(unittest.TestCase):
     def test_unknown_storage(self) -> None:
         self.check((Op("f", reads=(3,)),), (Storage("x", 1),), r"op 0 \('f'\) names storage 3, but there are 1")
 
+    def test_a_negative_size_names_the_op(self) -> None:
+        self.check((Op("f", creates=(0,)),), (Storage("x", -1),), r"created by op 0 \('f'\) has the negative size -1")
+
     def test_read_before_any_write(self) -> None:
+        self.check((Op("f", reads=(0,)),), (Storage("x", 1),), r"op 0 \('f'\) touches storage 0 before .* none does")
+
+    def test_read_before_the_first_write(self) -> None:
         self.check(
             (Op("f", reads=(0,)), Op("g", creates=(0,))),
             (Storage("x", 1),),
-            r"op 0 \('f'\) touches storage 0 before any op has created it",
+            r"op 0 \('f'\) touches storage 0 before op 1 \('g'\) creates it",
+        )
+
+    def test_a_cycle(self) -> None:
+        self.check(
+            (Op("f", creates=(0,), reads=(2,)), Op("g", creates=(1,), reads=(0,)), Op("h", creates=(2,), writes=(1,))),
+            (Storage("x", 1), Storage("y", 1), Storage("z", 1)),
+            r"op 0 \('f'\) .* op 0 \('f'\) -> op 2 \('h'\) -> op 1 \('g'\) -> op 0 \('f'\)",
         )
 
     def test_created_twice(self) -> None:

@@ -178,8 +178,12 @@ def _validate(graph: Graph) -> None:
     for position, storage in enumerate(graph.storages):
         _require_integers([storage.size], f"storage {position} ({storage.name!r})")
         if storage.size < 0:
-            raise InvalidGraphError(f"storage {position} ({storage.name!r}) has the negative size {storage.size}")
-    exists = {position for position, storage in enumerate(graph.storages) if storage.persistent}
+            creators = [
+                f", created by op {i} ({op.name!r})" for i, op in enumerate(graph.ops) if position in op.creates
+            ]
+            raise InvalidGraphError(
+                f"storage {position} ({storage.name!r}){''.join(creators)} has the negative size {storage.size}"
+            )
     for index, op in enumerate(graph.ops):
         where = f"op {index} ({op.name!r})"
         _require_integers([*op.touches, op.workspace], where)
@@ -188,18 +192,44 @@ def _validate(graph: Graph) -> None:
         _require_known(op.touches, graph, where)
         if len(set(op.touches)) != len(op.touches):
             raise InvalidGraphError(f"{where} names a storage twice: creates, reads and writes must be disjoint")
+    exists = {position for position, storage in enumerate(graph.storages) if storage.persistent}
+    for index, op in enumerate(graph.ops):
+        where = f"op {index} ({op.name!r})"
         for created in op.creates:
             if created in exists:
                 raise InvalidGraphError(f"{where} creates storage {created}, which exists already")
             exists.add(created)
         for used in op.reads + op.writes:
             if used not in exists:
-                raise InvalidGraphError(f"{where} touches storage {used} before any op has created it")
+                raise InvalidGraphError(f"{where} touches storage {used} {_why_missing(graph, index, used)}")
     _require_integers(graph.outputs, "outputs")
     _require_known(graph.outputs, graph, "outputs")
     for output in graph.outputs:
         if output not in exists:
             raise InvalidGraphError(f"outputs name storage {output}, which no op creates")
+
+
+def _why_missing(graph: Graph, op: int, storage: int) -> str:
+    """Why ``storage`` is not there when ``op`` runs: never, later, or never because of a cycle."""
+    creator = {created: index for index, other in enumerate(graph.ops) for created in other.creates}
+    if storage not in creator:
+        return "before any op has created it: none does"
+    # From op to op that creates what the one before needs, back to where it began?
+    came_from, pending = {creator[storage]: op}, [creator[storage]]
+    while pending and op not in came_from:
+        needing = pending.pop()
+        for used in graph.ops[needing].reads + graph.ops[needing].writes:
+            if used in creator and creator[used] not in came_from:
+                came_from[creator[used]] = needing
+                pending.append(creator[used])
+    if op not in came_from:
+        first = creator[storage]
+        return f"before op {first} ({graph.ops[first].name!r}) creates it: ops must stand in an order that can run"
+    cycle = [op]
+    while len(cycle) == 1 or cycle[-1] != op:
+        cycle.append(came_from[cycle[-1]])
+    names = [f"op {index} ({graph.ops[index].name!r})" for index in reversed(cycle)]
+    return f"before it is created, and never could: each needs what the next creates in {' -> '.join(names)}"
 
 
 def _require_known(storages: Sequence[int], graph: Graph, where: str) -> None:

@@ -42,12 +42,11 @@ class Reduced:
 
     def merged(self, deadline: float = float("inf")) -> Reduced:
         """Merge runs, forwards and backwards in turn, as long as some can be merged and time is left."""
-        reduced = self
-        while self.problem.op_count <= _LARGEST and time.perf_counter() < deadline:
-            smaller = reduced._merged(backwards=False)._merged(backwards=True)
-            if smaller.problem.op_count == reduced.problem.op_count:
-                break
-            reduced = smaller
+        reduced, unchanged, backwards = self, 0, False
+        while self.problem.op_count <= _LARGEST and unchanged < 2 and time.perf_counter() < deadline:
+            smaller = reduced._merged(backwards=backwards)
+            unchanged = unchanged + 1 if smaller.problem.op_count == reduced.problem.op_count else 0
+            reduced, backwards = smaller, not backwards
         return reduced
 
     def expanded(self, order: Integers) -> Integers:
