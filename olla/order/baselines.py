@@ -23,9 +23,8 @@ def least_peak_memory_first(graph: Graph) -> tuple[int, ...]:
     sizes = [0 if storage.persistent else storage.size for storage in graph.storages]
     created = [sum(sizes[storage] for storage in op.creates) for op in graph.ops]
     users = [0] * len(sizes)  # ops that have yet to touch a storage; outputs have one more, which never runs
-    for op in graph.ops:
-        for storage in op.touches:
-            users[storage] += 1
+    for storage in (storage for op in graph.ops for storage in op.touches):
+        users[storage] += 1
     for storage in set(graph.outputs):
         users[storage] += 1
 

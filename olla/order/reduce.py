@@ -65,7 +65,6 @@ class Reduced:
             problem.sizes,
             problem.workspace,
             ancestors(problem),
-            ancestors(problem.reversed()),
         )
         head = np.arange(problem.op_count)
         workspace = problem.workspace.copy()
@@ -88,7 +87,7 @@ class Reduced:
         run_of_creator = Adjacency.grouped(old.creates.items, run[old.creates.owners], len(old.sizes)).items
         touchers = old.touchers
         for storage, size in enumerate(old.sizes.tolist()):
-            key = tuple(np.unique(run[touchers.row(storage)]).tolist())
+            key = tuple(sorted(set(run[touchers.row(storage)].tolist())))
             if len(key) == 1:
                 workspace[key[0]] += size
             elif size:
@@ -140,7 +139,6 @@ def _leaders(
     sizes: Integers,
     workspace: Integers,
     before: Bits,
-    after: Bits,
 ) -> tuple[Integers, Integers]:
     """The op that each op can follow at once, or -1; and the bytes that each op allocates."""
     count = len(workspace)
@@ -154,7 +152,7 @@ def _leaders(
             is_first, is_last, is_there = True, True, False
             for j in range(toucher_start[storage], toucher_start[storage + 1]):
                 other = toucher[j]
-                is_first &= has(after, op, other)
+                is_first &= has(before, other, op)
                 is_last &= has(before, op, other)
                 is_there |= other != op and has(before, op, other)
             allocated[op] += sizes[storage] if is_first else 0
