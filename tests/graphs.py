@@ -6,9 +6,13 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from olla import Graph, Op, Storage
+
+settings.register_profile("compiled", deadline=None)  # the first example of a test may wait for a compiler
+settings.load_profile("compiled")
 
 
 @st.composite

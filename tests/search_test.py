@@ -1,18 +1,17 @@
-"""Branch and bound, and the windows of the large-neighbourhood search, against the optimum."""
+"""Branch and bound, and large-neighbourhood search, against the optimum."""
 
 from __future__ import annotations
 
 import sys
 import unittest
 
-import numpy as np
 from graphs import diamond, graphs, is_legal, optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olla import Graph
-from olla.order.improve import improved, window
-from olla.order.portfolio import list_schedules, peak, profile
+from olla.order.improve import improved
+from olla.order.portfolio import list_schedules, peak
 from olla.order.problem import Problem
 from olla.order.search import search
 
@@ -45,22 +44,6 @@ class SearchTest(unittest.TestCase):
 
 
 class ImproveTest(unittest.TestCase):
-    @given(graphs(), st.data())
-    def test_a_window_is_the_problem_of_ordering_its_steps(self, graph: Graph, data: st.DataObject) -> None:
-        problem = Problem.of(graph)
-        order = data.draw(st.sampled_from([order for _, order in list_schedules(problem)]))
-        start = data.draw(st.integers(0, len(order) - 1))
-        end = data.draw(st.integers(start + 1, len(order)))
-        small = window(problem, order, start, end)
-        self.assertEqual(
-            profile(small, np.arange(small.op_count))[1:-1].tolist(), profile(problem, order)[start:end].tolist()
-        )
-        for _, inner in list_schedules(small):
-            self.assertEqual((inner[0], inner[-1]), (0, small.op_count - 1))
-            whole = np.concatenate([order[:start], order[start:end][inner[1:-1] - 1], order[end:]])
-            self.assertTrue(is_legal(graph, whole[:-1].tolist()))
-            self.assertEqual(profile(small, inner)[1:-1].tolist(), profile(problem, whole)[start:end].tolist())
-
     @given(graphs())
     def test_an_order_never_gets_worse_and_stays_legal(self, graph: Graph) -> None:
         problem = Problem.of(graph)

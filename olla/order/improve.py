@@ -7,10 +7,11 @@ import time
 import numpy as np
 
 from olla.order.portfolio import profile
-from olla.order.problem import Adjacency, Integers, Problem
+from olla.order.problem import Integers, Problem
 from olla.order.search import search
+from olla.order.segments import window, with_window
 
-__all__ = ["improved", "window"]
+__all__ = ["improved"]
 
 _WIDTHS = (16, 32, 64)  # steps in a window; most searches among so few ops end in milliseconds
 _NODES = 500
@@ -36,38 +37,5 @@ def _lowered(problem: Problem, order: Integers, memory: Integers, step: int, dea
             target = int(memory[start:end].max()) - 1
             answer = search(window(problem, order, start, end), target, nodes=_NODES, deadline=deadline)
             if answer.order is not None and answer.peak <= target:
-                return np.concatenate([order[:start], order[start:end][answer.order[1:-1] - 1], order[end:]])
+                return with_window(order, start, end, answer.order)
     return None
-
-
-def window(problem: Problem, order: Integers, start: int, end: int) -> Problem:
-    """The problem of ordering the steps ``start .. end-1`` of ``order`` anew, the others being as they are.
-
-    Op 0 stands for all steps before, the last op for all after, and op ``i`` for step ``start + i - 1``.
-    """
-    count = end - start + 2
-    number = np.full(problem.op_count, count - 1)
-    number[order[:start]] = 0
-    number[order[start:end]] = np.arange(1, count - 1)
-    touching, touched = np.unique(np.stack([number[problem.touches.owners], problem.touches.items]), axis=1)
-    inside = np.zeros(len(problem.sizes), bool)  # alive while some op of the window runs
-    inside[touched[(touching > 0) & (touching < count - 1)]] = True
-    inside[np.intersect1d(touched[touching == 0], touched[touching == count - 1])] = True
-    kept = inside[touched]
-    compact = np.cumsum(inside) - 1
-    created = problem.creates.items[inside[problem.creates.items]]
-    creator = number[problem.creates.owners[inside[problem.creates.items]]]
-
-    middle = np.arange(1, count - 1)
-    earlier = np.concatenate([number[problem.predecessors.items], np.zeros(count - 2, np.int64), middle])
-    later = np.concatenate([number[problem.predecessors.owners], middle, np.full(count - 2, count - 1)])
-    earlier, later = np.unique(np.stack([earlier, later])[:, earlier != later], axis=1)
-    return Problem(
-        predecessors=Adjacency.grouped(later, earlier, count),
-        successors=Adjacency.grouped(earlier, later, count),
-        creates=Adjacency.grouped(creator, compact[created], count),
-        touches=Adjacency.grouped(touching[kept], compact[touched[kept]], count),
-        sizes=problem.sizes[inside],
-        workspace=np.concatenate([[0], problem.workspace[order[start:end]], [0]]),
-        priority=np.arange(count),
-    )

@@ -15,6 +15,7 @@ from olla.order.portfolio import list_schedules, peak, profile, settled
 from olla.order.problem import Integers, Problem
 from olla.order.reduce import Reduced
 from olla.order.search import search
+from olla.order.segments import segments, window, with_window
 
 __all__ = ["program_order", "schedule"]
 
@@ -79,9 +80,9 @@ def _schedule(problem: Problem, order: Integers, bound: int, method: str, starte
 class _Search:
     """The best order and the best bound so far; each stage narrows the gap, until it is closed."""
 
-    def __init__(self, problem: Problem, deadline: float) -> None:
+    def __init__(self, problem: Problem, deadline: float, bound: int = 0) -> None:
         self._deadline = deadline
-        self.bound = 0
+        self.bound = bound  # a peak below it is of no use
         self.method = _PROGRAM_ORDER
         self._start_from(Reduced.of(problem))
 
@@ -99,7 +100,7 @@ class _Search:
         """Search, until the gap is closed or time is over."""
         self._start_from(self._reduced.merged(self._deadline))
         self._must_live = must_live(self._problem)
-        self.bound = int(self._must_live.max())
+        self.bound = max(self.bound, int(self._must_live.max()))
         starts = [(self.method, self._order)]
         for method, order in list_schedules(self._problem):
             if self._ended:
@@ -107,7 +108,32 @@ class _Search:
             starts.append((method, order))
             self._keep(order, method)
         self._cut()
-        self._improve(sorted(starts, key=lambda start: peak(self._problem, start[1]))[:_IMPROVED])
+        parts = segments(self._problem)
+        if len(parts) > 1:
+            self._order_parts(parts)
+        else:
+            starts.sort(key=lambda start: peak(self._problem, start[1]))
+            self._improve(starts[:_IMPROVED])
+            self._search()
+
+    def _order_parts(self, parts: list[tuple[int, int]]) -> None:
+        """Order each part on its own, the one with the highest peak first, as long as it exceeds the bound."""
+        memory = profile(self._problem, self._order)
+        parts.sort(key=lambda part: -int(memory[part[0] : part[1]].max()))
+        for start, end in parts:
+            if self._ended or memory[start:end].max() <= self.bound:
+                return
+            part = _Search(window(self._problem, self._order, start, end), self._deadline, self.bound)
+            try:
+                part.run()
+            finally:
+                self.bound = max(self.bound, part.bound)
+                self._order = with_window(self._order, start, end, part.order)
+                self.peak = peak(self._problem, self._order)
+                if part.method != _PROGRAM_ORDER:
+                    self.method = f"{part.method}, in parts"
+
+    def _search(self) -> None:
         if self._problem.op_count > _SEARCHED_OPS:
             return
         nodes = 1 + int(_WORK / self._problem.op_count**2)
