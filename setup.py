@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 BENCH = ["pandas>=2.2,<4", "torchvision>=0.26,<0.30", "transformers>=5,<6"]
+DRAW = ["matplotlib>=3.8,<4"]
 CHECK = ["import-linter>=2.3,<3", "mypy>=1.18,<3", "ruff>=0.14,<1"]
 
 setup(
@@ -22,6 +23,7 @@ setup(
     extras_require={
         "bench": BENCH,
         "check": CHECK,
-        "test": [*BENCH, "hypothesis>=6.100,<7", "networkx>=3.2,<4"],
+        "draw": DRAW,
+        "test": [*BENCH, *DRAW, "hypothesis>=6.100,<7", "networkx>=3.2,<4"],
     },
 )

@@ -11,29 +11,44 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from olla.errors import CaptureError, ExecutionError, InvalidGraphError, InvalidPlanError, OllaError
+from olla.errors import (
+    CaptureError,
+    ExecutionError,
+    InfeasibleError,
+    InvalidBuffersError,
+    InvalidGraphError,
+    InvalidPlanError,
+    OllaError,
+)
 from olla.graph.graph import Graph, Op, Storage
-from olla.graph.plan import Plan, Schedule
+from olla.graph.plan import Placement, Plan, Schedule
 
 if TYPE_CHECKING:
     from olla.api import optimize, optimize_step, plan, to_graph
     from olla.measure.measurement import Measurement
     from olla.order.schedule import schedule
+    from olla.place.allocate import allocate
+    from olla.place.buffers import Buffer
     from olla.step import Step
 
 __all__ = [
+    "Buffer",
     "CaptureError",
     "ExecutionError",
     "Graph",
+    "InfeasibleError",
+    "InvalidBuffersError",
     "InvalidGraphError",
     "InvalidPlanError",
     "Measurement",
     "OllaError",
     "Op",
+    "Placement",
     "Plan",
     "Schedule",
     "Step",
     "Storage",
+    "allocate",
     "optimize",
     "optimize_step",
     "plan",
@@ -43,8 +58,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LOADED_WHEN_USED = {
+    "Buffer": "olla.place.buffers",
     "Measurement": "olla.measure.measurement",
     "Step": "olla.step",
+    "allocate": "olla.place.allocate",
     "optimize": "olla.api",
     "optimize_step": "olla.api",
     "plan": "olla.api",

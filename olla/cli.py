@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from olla.errors import OllaError
+from olla.errors import InfeasibleError, OllaError
 from olla.graph.check import check, verify
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
@@ -18,8 +18,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``olla``; returns the exit status: 0, 1 for a plan that is not sound, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="olla", description="Plan the order of a dataflow graph's operators.")
+    """Run ``olla``; returns the exit status: 0, 1 for what is not sound or does not fit, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="olla", description="Plan the order of a dataflow graph's operators, and the addresses of buffers."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="find an order that needs little memory, and prove how little")
@@ -34,9 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checker.add_argument("plan", type=Path, metavar="PLAN.json")
     checker.set_defaults(run=_check)
 
+    place = commands.add_parser("place", help="give buffers with known lifetimes addresses in one arena")
+    place.add_argument("buffers", type=Path, metavar="FILE.csv", help="id,lower,upper,size[,alignment][,offset]")
+    place.add_argument(
+        "--capacity", type=int, metavar="BYTES", help="what must suffice; default: as little as possible"
+    )
+    place.add_argument("--alignment", type=int, default=1, metavar="BYTES", help="of all offsets; default %(default)s")
+    place.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="default %(default)s")
+    place.add_argument("--out", type=Path, metavar="FILE.csv", help="write the buffers with their offsets here")
+    place.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the placement (needs matplotlib)")
+    place.set_defaults(run=_place)
+
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
+    except InfeasibleError as error:
+        print(f"olla: {error}", file=sys.stderr)
+        return 1
     except (OllaError, OSError) as error:
         print(f"olla: {error}", file=sys.stderr)
         return 2
@@ -67,3 +83,21 @@ def _check(options: argparse.Namespace) -> int:
         print(violation)
     print(f"{len(violations)} violation(s)" if violations else "The plan is sound.")
     return 1 if violations else 0
+
+
+def _place(options: argparse.Namespace) -> int:
+    from olla.place.allocate import allocate  # loads the compiled kernels
+    from olla.place.buffers import read_csv, write_csv
+
+    buffers = read_csv(options.buffers)
+    with stage(f"placing {len(buffers):,} buffers", None):
+        placement = allocate(buffers, options.capacity, alignment=options.alignment, time_limit=options.time_limit)
+    if options.out:
+        write_csv(options.out, buffers, placement.offsets)
+    if options.draw:
+        from olla.show.draw import draw_placement
+
+        draw_placement(buffers, placement, options.draw)
+    print(f"arena        {placement.arena_bytes:>20,} bytes  ({placement.method}, {placement.seconds:.2f} s)")
+    print(f"lower bound  {placement.lower_bound_bytes:>20,} bytes  ({placement.status}, gap {placement.gap:.4%})")
+    return 0

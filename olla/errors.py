@@ -5,11 +5,21 @@
     OllaError
     ├── CaptureError        the model, its inputs or its optimizer cannot be captured
     ├── InvalidGraphError   a dataflow graph contradicts itself
+    ├── InvalidBuffersError buffers to place contradict themselves
     ├── InvalidPlanError    a plan does not fit its graph, or claims what is not true
+    ├── InfeasibleError     what was asked for does not fit
     └── ExecutionError      a planned step cannot run as it was called
 """
 
-__all__ = ["CaptureError", "ExecutionError", "InvalidGraphError", "InvalidPlanError", "OllaError"]
+__all__ = [
+    "CaptureError",
+    "ExecutionError",
+    "InfeasibleError",
+    "InvalidBuffersError",
+    "InvalidGraphError",
+    "InvalidPlanError",
+    "OllaError",
+]
 
 
 class OllaError(Exception):
@@ -22,6 +32,27 @@ class CaptureError(OllaError):
 
 class InvalidGraphError(OllaError):
     """A dataflow graph contradicts itself: the message names the op or the storage."""
+
+
+class InvalidBuffersError(OllaError):
+    """Buffers to place contradict themselves: the message names the buffer, or the line of the file."""
+
+
+class InfeasibleError(OllaError):
+    """What was asked for does not fit, or nothing that fits was found in time; the message says which.
+
+    Attributes
+    ----------
+    lower_bound_bytes
+        Nothing can fit into less.
+    best_bytes
+        What was found fits into this.
+    """
+
+    def __init__(self, message: str, lower_bound_bytes: int, best_bytes: int) -> None:
+        super().__init__(message)
+        self.lower_bound_bytes = lower_bound_bytes
+        self.best_bytes = best_bytes
 
 
 class InvalidPlanError(OllaError):

@@ -33,6 +33,31 @@ class CommandLineTest(unittest.TestCase):
             status = main([str(argument) for argument in arguments])
         return status, out.getvalue(), err.getvalue()
 
+    def test_place_writes_offsets_and_a_picture(self) -> None:
+        table, out, picture = (self.folder / name for name in ("in.csv", "out.csv", "out.png"))
+        table.write_text("id,lower,upper,size\na,0,2,3\nb,1,3,4\n")
+        status, text, _ = self.run_main("place", table, "--out", out, "--draw", picture)
+        self.assertEqual(status, 0)
+        self.assertIn("7 bytes", text)
+        self.assertIn("optimal, gap 0.0000%", text)
+        offsets = [int(line.split(",")[-1]) for line in out.read_text().splitlines()[1:]]
+        self.assertEqual(sorted(offsets), [0, 3] if offsets[0] == 0 else [0, 4])
+        self.assertTrue(picture.read_bytes().startswith(b"\x89PNG"))
+
+    def test_place_says_what_does_not_fit_and_what_is_wrong(self) -> None:
+        table = self.folder / "in.csv"
+        table.write_text("id,lower,upper,size\na,0,2,3\nb,1,3,4\n")
+        status, _, error = self.run_main("place", table, "--capacity", 6)
+        self.assertEqual(status, 1)
+        self.assertIn("at least 7 are needed", error)
+        table.write_text("id,lower,upper,size\na,0,2,-3\n")
+        status, _, error = self.run_main("place", table)
+        self.assertEqual(status, 2)
+        self.assertIn("line 2: buffer 'a' has the negative size -3", error)
+        self.assertEqual(self.run_main("place", self.folder / "missing.csv")[0], 2)
+        table.write_text("id,lower,upper,size\na,0,2,3\n")
+        self.assertEqual(self.run_main("place", table, "--draw", self.folder / "picture.what")[0], 2)
+
     def test_plan_prints_peak_bound_and_gap(self) -> None:
         status, out, _ = self.run_main("plan", self.graph)
         self.assertEqual(status, 0)
@@ -85,12 +110,13 @@ class CommandLineTest(unittest.TestCase):
 
     def test_the_guide_does_what_it_says(self) -> None:
         blocks = GUIDE.read_text().split("```")
-        python = next(block.removeprefix("python\n") for block in blocks if block.startswith("python\n"))
+        python = [block.removeprefix("python\n") for block in blocks if block.startswith("python\n")]
         self.addCleanup(os.chdir, Path.cwd())
         os.chdir(self.folder)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(python, {})
-        self.assertIn("(0, 1, 2) 2048 2048", printed.getvalue())
+            for block in python:
+                exec(block, {"olla": olla})
+        self.assertEqual(printed.getvalue(), "(0, 1, 2) 2048 2048\n(0, 4096) 5120 5120\n")
         example = next(block.removeprefix("json\n") for block in blocks if block.startswith("json\n"))
         (self.folder / "example.json").write_text(example)
         for name in ("graph.json", "example.json"):

@@ -30,10 +30,25 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """An offset in the arena for every life in ``live_intervals(graph, order)``, in that order."""
+    """An offset in the arena for every buffer; in a plan, for every life in ``live_intervals(graph, order)``."""
 
     offsets: tuple[int, ...]  # bytes from the start of the arena
     arena_bytes: int
+    lower_bound_bytes: int = 0  # no placement of these buffers can do better
+    method: str = ""
+    seconds: float = 0.0  # spent placing
+
+    @property
+    def gap(self) -> float:
+        """How far the arena can be from the smallest possible one: ``arena / lower bound - 1``."""
+        if self.arena_bytes == self.lower_bound_bytes:
+            return 0.0
+        return self.arena_bytes / self.lower_bound_bytes - 1 if self.lower_bound_bytes else float("inf")
+
+    @property
+    def status(self) -> str:
+        """``"optimal"`` if the arena meets its lower bound, else ``"feasible"``."""
+        return "optimal" if self.arena_bytes == self.lower_bound_bytes else "feasible"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Buffers with lifetimes to addresses: offline dynamic storage allocation."""

@@ -1,0 +1,86 @@
+"""Buffers as flat arrays, and time as sections: the form that the compiled planners work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from olla.place.buffers import Buffer
+
+__all__ = ["Integers", "Problem"]
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Buffers of some bytes; one entry of each array per buffer.
+
+    Time is cut into sections, the maximal sets of buffers that are alive at once: a section ends
+    where a buffer ends after one has begun. Buffers overlap in time if and only if they share a section.
+    """
+
+    first: Integers  # a buffer is alive in the sections first .. last
+    last: Integers
+    sizes: Integers
+    alignment: Integers
+    fixed: Integers  # the only offset allowed; -1: any
+
+    @classmethod
+    def of(cls, buffers: Sequence[Buffer]) -> Problem:
+        """The problem of placing ``buffers``; those of no bytes can be anywhere, and should be left out."""
+        lower, upper = (np.array([getattr(b, name) for b in buffers], np.int64) for name in ("lower", "upper"))
+        begins = np.unique(lower)
+        # A begin opens a section if something has ended since the begin before it.
+        opens = np.zeros(len(begins), bool)
+        ends = np.unique(upper)
+        opens[1:] = np.searchsorted(ends, begins[1:], "right") > np.searchsorted(ends, begins[:-1], "right")
+        section = np.cumsum(opens)
+        return cls(
+            first=section[np.searchsorted(begins, lower)],
+            last=section[np.searchsorted(begins, upper, "left") - 1],
+            sizes=np.array([b.size for b in buffers], np.int64),
+            alignment=np.array([b.alignment for b in buffers], np.int64),
+            fixed=np.array([-1 if b.offset is None else b.offset for b in buffers], np.int64),
+        )
+
+    @property
+    def load(self) -> Integers:
+        """Bytes alive in each section: no placement is below the largest of them."""
+        change = np.zeros(int(self.last.max(initial=-1)) + 2, np.int64)
+        np.add.at(change, self.first, self.sizes)
+        np.subtract.at(change, self.last + 1, self.sizes)
+        return np.cumsum(change)[:-1]
+
+    @property
+    def bound(self) -> int:
+        """No placement needs less: the largest load, and the top of the highest fixed buffer."""
+        fixed_top = np.where(self.fixed >= 0, self.fixed + self.sizes, 0)
+        return int(max(self.load.max(initial=0), fixed_top.max(initial=0)))
+
+    def largest(self, values: Integers) -> Integers:
+        """For each buffer, the largest of the values of its sections."""
+        maxima = [values]  # over runs of 1, 2, 4, ... sections; two of them cover any run
+        while 2 ** len(maxima) <= len(values):
+            half = 2 ** (len(maxima) - 1)
+            maxima.append(np.maximum(maxima[-1][:-half], maxima[-1][half:]))
+        level = np.log2(self.last - self.first + 1).astype(np.int64)
+        result = np.zeros(len(level), np.int64)
+        for index, table in enumerate(maxima):
+            of = level == index
+            result[of] = np.maximum(table[self.first[of]], table[self.last[of] - 2**index + 1])
+        return result
+
+    def ordered(self, order: Integers) -> Problem:
+        """The same buffers in another order."""
+        return Problem(*(getattr(self, name)[order] for name in ("first", "last", "sizes", "alignment", "fixed")))
+
+    def overlaps(self) -> tuple[Integers, Integers]:
+        """For each buffer, the others alive at once: those of ``b`` are ``others[start[b]:start[b + 1]]``."""
+        together = (self.first[:, None] <= self.last) & (self.first <= self.last[:, None])
+        np.fill_diagonal(together, False)
+        start = np.concatenate([[0], np.cumsum(together.sum(axis=1))])
+        return start, np.nonzero(together)[1]

@@ -1,0 +1,170 @@
+"""Placements: sound, at most the capacity, and optimal where brute force can tell."""
+
+from __future__ import annotations
+
+import unittest
+from itertools import permutations
+
+import numpy as np
+from graphs import settings  # sets the profile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olla import Buffer, InfeasibleError, InvalidBuffersError, Placement, allocate
+from olla.place.allocate import _luby
+from olla.place.greedy import first_fits
+from olla.place.problem import Problem
+from olla.place.search import INFEASIBLE, SOLVED, search
+
+
+@st.composite
+def buffers(draw: st.DrawFn, most: int = 8) -> list[Buffer]:
+    """Some buffers; a few need an alignment, and one may have a fixed offset."""
+    result = []
+    for index in range(draw(st.integers(1, most))):
+        lower = draw(st.integers(0, 8))
+        alignment = draw(st.sampled_from((1, 1, 1, 2, 4)))
+        fixed = draw(st.integers(0, 3)) * alignment if index == 0 and draw(st.booleans()) else None
+        result.append(Buffer(lower, lower + draw(st.integers(1, 5)), draw(st.integers(0, 9)), alignment, fixed))
+    return result
+
+
+def conflicts(buffers: list[Buffer], placement: Placement) -> list[str]:
+    """What is wrong with a placement."""
+    found = []
+    for i, (one, at) in enumerate(zip(buffers, placement.offsets, strict=True)):
+        if at < 0 or at % one.alignment or (one.offset is not None and at != one.offset and one.size):
+            found.append(f"{one} is at {at}")
+        for other, there in zip(buffers[:i], placement.offsets[:i], strict=True):
+            together = one.lower < other.upper and other.lower < one.upper
+            if together and at < there + other.size and there < at + one.size:
+                found.append(f"{one} at {at} and {other} at {there} overlap")
+    top = max((at + b.size for b, at in zip(buffers, placement.offsets, strict=True) if b.size), default=0)
+    if top != placement.arena_bytes:
+        found.append(f"the arena needs {top}, not {placement.arena_bytes}")
+    return found
+
+
+def optimum(buffers: list[Buffer]) -> int:
+    """The smallest arena: some order, each buffer at the lowest free offset, is a best placement."""
+    solid = [buffer for buffer in buffers if buffer.size]
+    best = 10**9
+    for order in permutations(solid):
+        placed: list[tuple[Buffer, int]] = []
+        for buffer in sorted(order, key=lambda buffer: buffer.offset is None):
+            around = [(at, at + b.size) for b, at in placed if b.lower < buffer.upper and buffer.lower < b.upper]
+            tops = [0, *(-(-end // buffer.alignment) * buffer.alignment for _, end in around)]
+            free = [t for t in tops if all(t + buffer.size <= start or end <= t for start, end in around)]
+            placed.append((buffer, min(free) if buffer.offset is None else buffer.offset))
+        best = min(best, max((at + b.size for b, at in placed), default=0))
+    return best
+
+
+class AllocateTest(unittest.TestCase):
+    @settings(max_examples=200)
+    @given(buffers(most=5))
+    def test_small_placements_are_optimal(self, given: list[Buffer]) -> None:
+        best = optimum(given)
+        placement = allocate(given, time_limit=0.2)
+        self.assertEqual(conflicts(given, placement), [])
+        self.assertLessEqual(placement.lower_bound_bytes, best)
+        self.assertEqual(placement.arena_bytes, best)
+
+    @given(buffers())
+    def test_every_first_fit_is_sound(self, given: list[Buffer]) -> None:
+        solid = [buffer for buffer in given if buffer.size]
+        for method, offsets in first_fits(Problem.of(solid)):
+            top = int((offsets + [buffer.size for buffer in solid]).max(initial=0))
+            self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
+
+    @settings(max_examples=200)
+    @given(buffers(most=5), st.integers(-2, 2))
+    def test_the_search_is_exact(self, given: list[Buffer], slack: int) -> None:
+        solid = [buffer for buffer in given if buffer.size]
+        problem = Problem.of(solid)
+        capacity = optimum(given) + slack
+        blame = np.zeros(len(problem.load), np.int64)
+        status, _, offsets = search(
+            capacity,
+            problem.first,
+            problem.last,
+            problem.sizes,
+            problem.alignment,
+            problem.fixed,
+            *problem.overlaps(),
+            blame,
+            10**6,
+        )
+        top = int((offsets + problem.sizes).max(initial=0))
+        if slack < 0 and solid:
+            fits = problem.fixed + problem.sizes <= capacity
+            self.assertTrue(status == INFEASIBLE or not fits.all())
+        else:
+            self.assertEqual(status, SOLVED)
+            self.assertLessEqual(top, max(capacity, 0))
+            self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [])
+
+    @given(buffers())
+    def test_buffers_share_a_section_if_and_only_if_they_overlap_in_time(self, given: list[Buffer]) -> None:
+        problem = Problem.of(given)
+        for i, one in enumerate(given):
+            for j, other in enumerate(given):
+                together = one.lower < other.upper and other.lower < one.upper
+                self.assertEqual(problem.first[i] <= problem.last[j] and problem.first[j] <= problem.last[i], together)
+        for values in (problem.load, np.arange(len(problem.load))):
+            for b, value in enumerate(problem.largest(values)):
+                self.assertEqual(value, values[problem.first[b] : problem.last[b] + 1].max())
+
+    @given(buffers())
+    def test_the_same_buffers_give_the_same_placement(self, given: list[Buffer]) -> None:
+        self.assertEqual(allocate(given, 100).offsets, allocate(given, 100).offsets)
+
+    def test_a_capacity_ends_the_search(self) -> None:
+        pair = [Buffer(0, 2, 3), Buffer(1, 3, 4)]
+        self.assertEqual(allocate(pair, 7).arena_bytes, 7)
+        with self.assertRaisesRegex(InfeasibleError, "within 6 bytes: at least 7 are needed") as caught:
+            allocate(pair, 6)
+        self.assertEqual((caught.exception.lower_bound_bytes, caught.exception.best_bytes), (7, 7))
+
+    def test_a_capacity_below_the_largest_buffer(self) -> None:
+        with self.assertRaisesRegex(InfeasibleError, "at least 9"):
+            allocate([Buffer(0, 1, 9)], 8)
+
+    def test_nothing_to_place(self) -> None:
+        self.assertEqual(allocate([]).arena_bytes, 0)
+        self.assertEqual(allocate([Buffer(0, 1, 0)]).offsets, (0,))
+
+    def test_an_alignment_for_all(self) -> None:
+        placement = allocate([Buffer(0, 1, 3), Buffer(0, 1, 3, alignment=4)], alignment=6)
+        self.assertEqual(sorted(placement.offsets), [0, 12] if placement.offsets[1] else [0, 6])
+
+    def test_fixed_offsets_that_overlap(self) -> None:
+        with self.assertRaisesRegex(InvalidBuffersError, "buffer a and buffer b have fixed offsets that overlap"):
+            allocate([Buffer(0, 2, 4, offset=0, name="a"), Buffer(1, 3, 4, offset=3, name="b")])
+
+    def test_a_fixed_offset_that_is_not_aligned(self) -> None:
+        with self.assertRaisesRegex(InvalidBuffersError, "buffer 0 is fixed at 4, which is not a multiple of 8"):
+            allocate([Buffer(0, 2, 4, offset=4)], alignment=8)
+
+    def test_the_sequence_of_luby(self) -> None:
+        self.assertEqual([_luby(i) for i in range(1, 16)], [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8])
+
+    def test_a_tight_instance_is_solved(self) -> None:
+        # Cut a square of 24 x 24 by random guillotine cuts: no byte may be wasted, and first fits waste some.
+        draw = np.random.default_rng(1)
+        pieces = [(0, 24, 0, 24)]
+        while len(pieces) < 40:
+            left, right, low, high = pieces.pop(int(np.argmax([(b - a) * (d - c) for a, b, c, d in pieces])))
+            if right - left > high - low:
+                cut = int(draw.integers(left + 1, right))
+                pieces += [(left, cut, low, high), (cut, right, low, high)]
+            else:
+                cut = int(draw.integers(low + 1, high))
+                pieces += [(left, right, low, cut), (left, right, cut, high)]
+        square = [Buffer(left, right, high - low) for left, right, low, high in pieces]
+        problem = Problem.of(square)
+        first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in first_fits(problem))
+        self.assertGreater(first_fit, 24)
+        placement = allocate(square)
+        self.assertEqual(conflicts(square, placement), [])
+        self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes, placement.method), (24, 24, "search"))
