@@ -19,7 +19,8 @@ from olla.place.search import INFEASIBLE, SOLVED, search
 __all__ = ["allocate"]
 
 _SEARCHED = 3_000  # buffers; above, only first fits are tried
-_NODES = 1_000  # of the first searches; some later ones get more, see _luby
+_NODES = 1_000  # of the first searches; some later ones get more, see _luby,
+_WORK = 20_000_000  # but not more than this, divided by the number of buffers: a second or two
 _RESTARTS = 60  # searches for one capacity, before another one is tried
 _UNKNOWN = 2**62
 _FORGETTING = 0.9  # of the blame of a section that is left after each search
@@ -142,7 +143,7 @@ class _Search:
                 start,
                 others,
                 self._blame,
-                _NODES * _luby(number),
+                min(_NODES * _luby(number), 1 + _WORK // len(order)),
             )
             if status == SOLVED:
                 result = np.empty(len(order), np.int64)
