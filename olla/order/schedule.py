@@ -102,11 +102,13 @@ class _Search:
         self._must_live = must_live(self._problem)
         self.bound = max(self.bound, int(self._must_live.max()))
         starts = [(self.method, self._order)]
-        for method, order in list_schedules(self._problem):
-            if self._ended:
-                return
-            starts.append((method, order))
+        schedules = list_schedules(self._problem)
+        while not self._ended and (found := next(schedules, None)):
+            method, order = found
+            starts.append(found)
             self._keep(order, method)
+        if self._ended:
+            return
         self._cut()
         parts = segments(self._problem)
         if len(parts) > 1:
