@@ -31,8 +31,8 @@ def improved(problem: Problem, order: Integers, deadline: float) -> Integers:
 def _lowered(problem: Problem, order: Integers, memory: Integers, step: int, deadline: float) -> Integers | None:
     """The order with less in memory at most around ``step`` than now."""
     for width in _WIDTHS:
-        for share in (2, 4, 1):  # of the window before the step: a half, three quarters, all but a few
-            start = max(0, step - width // share)
+        for before in (width // 2, width // 4, 3 * width // 4):  # steps of the window before the highest one
+            start = max(0, step - before)
             end = min(len(order), start + width)
             target = int(memory[start:end].max()) - 1
             answer = search(window(problem, order, start, end), target, nodes=_NODES, deadline=deadline)

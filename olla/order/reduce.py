@@ -2,7 +2,7 @@
 
 An op may follow its only direct predecessor at once if that never costs anything: it frees at least
 what it allocates, and its own peak is covered by that of the predecessor. The same holds with time
-reversed. Activations, views of gradients and updates go this way: a third of the ops is left.
+reversed. Activations, views of gradients and updates go this way; as a rule, a third of the ops or less is left.
 
 The argument, for ``b`` after ``a``. Let every op that must run before ``b`` be ``a`` or run before
 ``a``. Take any order, and move ``b`` from where it is to right behind ``a``. At the ops that it

@@ -87,9 +87,10 @@ class _Search:
         self._start_from(Reduced.of(problem))
 
     def _start_from(self, reduced: Reduced) -> None:
-        self._reduced, self._problem = reduced, reduced.problem
-        self._order = np.argsort(self._problem.priority)
-        self.peak = peak(self._problem, self._order)
+        problem, order = reduced.problem, np.argsort(reduced.problem.priority)
+        height = peak(problem, order)
+        # All at once: an interruption finds either the old state or the new one.
+        self._reduced, self._problem, self._order, self.peak = reduced, problem, order, height
 
     @property
     def order(self) -> Integers:
