@@ -14,6 +14,7 @@ from olla.capture.updates import needs_closure
 from olla.errors import CaptureError
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
+from olla.planning import Options
 from olla.step import Step
 
 __all__ = ["optimize", "optimize_step", "plan", "to_graph"]
@@ -29,6 +30,7 @@ def optimize(
     targets: Tensor | Sequence[Tensor] | None = None,
     optimizer: Optimizer | None = None,
     reorder: bool = True,
+    place: bool = True,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Step:
@@ -53,6 +55,9 @@ def optimize(
         A live optimizer. Its hyper-parameters are read whenever the step runs, so schedulers work.
     reorder
         Whether to search for a better order than program order.
+    place
+        Whether to run at planned addresses, in one arena (on Linux, with a C++ compiler; else the
+        report says why not). False: PyTorch's allocator decides.
     time_limit
         Seconds for planning; the best plan so far is used.
     progress
@@ -74,9 +79,7 @@ def optimize(
     args, kwargs = _arguments(inputs, targets)
     step = Step(
         program,
-        reorder=reorder,
-        time_limit=time_limit,
-        progress=progress,
+        options=Options(reorder, place, time_limit, progress),
         closure_of=optimizer if optimizer is not None and needs_closure(optimizer) else None,
     )
     step.prepare(*args, **kwargs)
@@ -90,6 +93,7 @@ def optimize_step(
     model: nn.Module | Sequence[nn.Module],
     optimizer: Optimizer | Sequence[Optimizer] = (),
     reorder: bool = True,
+    place: bool = True,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Step:
@@ -104,7 +108,7 @@ def optimize_step(
         An example of its arguments: a tuple or list, or a dict of keyword arguments.
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
-    reorder, time_limit, progress
+    reorder, place, time_limit, progress
         As for :func:`optimize`.
 
     Returns
@@ -123,7 +127,7 @@ def optimize_step(
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
-    step = Step(Program(function, modules, optimizers), reorder=reorder, time_limit=time_limit, progress=progress)
+    step = Step(Program(function, modules, optimizers), options=Options(reorder, place, time_limit, progress))
     args, kwargs = _arguments(example_args, None)
     step.prepare(*args, **kwargs)
     return step
@@ -137,10 +141,13 @@ def plan(
     targets: Tensor | Sequence[Tensor] | None = None,
     optimizer: Optimizer | None = None,
     reorder: bool = True,
+    place: bool = True,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Plan:
     """Plan as :func:`optimize` does, and only plan: nothing is allocated and nothing will run.
+
+    The addresses hold for the workspaces that are expected; a step that runs finds out the real ones.
 
     Model and inputs may be on the meta device or fake; they are planned as if on the CPU.
 
@@ -149,7 +156,8 @@ def plan(
     CaptureError
         If the step cannot be captured.
     """
-    step = Step(_program(model, loss_fn, targets, optimizer), reorder=reorder, time_limit=time_limit, progress=progress)
+    options = Options(reorder, place, time_limit, progress)
+    step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.plan_for(*args, **kwargs)
 
@@ -171,7 +179,7 @@ def to_graph(
     CaptureError
         If the step cannot be captured.
     """
-    step = Step(_program(model, loss_fn, targets, optimizer), progress=False)
+    step = Step(_program(model, loss_fn, targets, optimizer), options=Options(progress=False))
     args, kwargs = _arguments(inputs, targets)
     return step.graph_for(*args, **kwargs)
 

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Self
 
-from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
 from olla.capture.restore import Snapshot, random_state
 from olla.capture.signature import Signature
-from olla.capture.trace import Trace, trace
 from olla.errors import ExecutionError
-from olla.graph.check import verify
+from olla.execution import Execution
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
-from olla.order.schedule import program_order, schedule
-from olla.run.emit import emit
-from olla.run.runner import Runner
-from olla.show.progress import stage
+from olla.planning import Options, capture, draft, with_estimated_addresses
 from olla.show.report import Report
 from olla.torch_private import flatten
 
@@ -34,51 +29,45 @@ __all__ = ["Step"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Draft:
-    traced: Trace
-    lowered: Lowered
-    plan: Plan
-    capture_seconds: float
+_RUNS_TO_SETTLE = 8  # more than it takes, whatever happens
 
 
 @dataclass(frozen=True)
 class _Planned:
     signature: Signature
-    draft: _Draft
-    runner: Runner
+    execution: Execution
 
 
 class Step:
     """A planned step: call it where you ran the step before. Made by :func:`olla.optimize`.
 
     One plan for each signature of arguments (shapes, dtypes, structure), model mode and autocast
-    state, made when it first occurs. A step runs in one thread at a time.
+    state, made when it first occurs. A step runs in one thread at a time. Its first runs, two or
+    three, find out what its operators allocate; from then on it runs at planned addresses.
+
+    It holds memory between its runs, its arena, until it is closed (:meth:`close`, or ``with step:``)
+    or collected. Results never lie there: they stay valid, whatever happens to the step.
     """
 
     def __init__(
         self,
         program: Program,
         *,
-        reorder: bool = True,
-        time_limit: float = 60.0,
-        progress: bool | None = None,
+        options: Options,
         closure_of: Optimizer | None = None,
     ) -> None:
         self._program = program
-        self._reorder = reorder
-        self._time_limit = time_limit
-        self._progress = progress
+        self._options = options
         self._closure_of = closure_of  # an optimizer that calls the planned step back, such as LBFGS
         self._planned: dict[Signature, list[_Planned]] = {}
         self._latest: _Planned | None = None
         self._measurement: Measurement | None = None
         self._running = threading.Lock()
+        self._closed = False
 
     @property
     def plan(self) -> Plan:
-        """The plan used last."""
+        """The plan used last. Once the step has run a few times, it is made from what its operators allocate."""
         return self._current.draft.plan
 
     @property
@@ -89,12 +78,24 @@ class Step:
     @property
     def code(self) -> str:
         """The Python code that runs, for reading."""
-        return str(self._current.runner.code.code)
+        return str(self._current.code.code)
 
     @property
-    def _current(self) -> _Planned:
+    def _current(self) -> Execution:
         assert self._latest is not None
-        return self._latest
+        return self._latest.execution
+
+    def close(self) -> None:
+        """Give the memory of the step back. It cannot run again; what it returned stays valid."""
+        self._closed = True
+        for planned in (planned for known in self._planned.values() for planned in known):
+            planned.execution.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step. Takes the same arguments as the example, returns what the eager step returns.
@@ -103,7 +104,7 @@ class Step:
         ------
         ExecutionError
             If the model was edited after planning, an input is on another device than planned,
-            or the step is running already (in another thread, or inside itself).
+            the step is running already (in another thread, or inside itself), or it was closed.
         CaptureError
             If the arguments have a new signature and the step cannot be captured with them.
         """
@@ -115,12 +116,14 @@ class Step:
             self._running.release()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._closed:
+            raise ExecutionError("this step was closed: call olla.optimize again")
         self._program.require_unedited()
-        runner = self._plan_for(args, kwargs).runner
+        execution = self._plan_for(args, kwargs)
         leaves, _ = flatten((args, kwargs))
         if self._closure_of is None:
-            return runner.run(leaves)
-        return self._closure_of.step(lambda: runner.run(leaves))
+            return execution.run(leaves)
+        return self._closure_of.step(lambda: execution.run(leaves))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Plan for these arguments without running, so that the first call need not."""
@@ -133,7 +136,6 @@ class Step:
         a copy of them is held meanwhile.
         """
         self._program.require_unedited()
-        planned = self._plan_for(args, kwargs)
         snapshot = Snapshot(self._program)
 
         def from_the_start(call: Callable[..., Any]) -> Callable[[], None]:
@@ -145,59 +147,62 @@ class Step:
 
         try:
             with random_state():
-                self._measurement = measure(
+                for _ in range(_RUNS_TO_SETTLE):
+                    from_the_start(self)()
+                    if self._current.settled:
+                        break
+                measured = measure(
                     from_the_start(self),
                     from_the_start(self._eager),
                     device=self._device(args, kwargs),
-                    planned_bytes=planned.draft.plan.peak_bytes,
+                    planned_bytes=self.plan.peak_bytes,
                 )
+                self._measurement = self._with_arena(measured)
         finally:
             snapshot.restore()
         return self._measurement
 
     def plan_for(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, made without allocating or preparing anything to run."""
-        return self._draft(args, kwargs).plan
+        drafted = draft(self._program, args, kwargs, self._options)
+        return (with_estimated_addresses(drafted, self._options) if self._options.place else drafted).plan
 
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph:
         """The graph of the step for these arguments, not planned."""
-        return self._capture(args, kwargs)[1].graph
+        return capture(self._program, args, kwargs, self._options)[1].graph
 
     def report(self) -> Report:
         """What was planned and, after :meth:`measure`, what was measured; print it."""
-        return Report(self.plan, self._measurement)
+        return Report(self.plan, self._measurement, self._current.not_executed)
 
-    def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Planned:
+    def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
         signature = Signature.of(self._program, args, kwargs)
         known = self._planned.get(signature, ())
-        found = next((planned for planned in known if planned.runner.fits_gradients()), None)
+        found = next((planned for planned in known if planned.execution.runner.fits_gradients()), None)
         if found is None:
             if self._latest is not None:
                 self._require_same_devices(signature)
                 log.warning("planning again for %s", signature.difference(self._latest.signature))
-            draft = self._draft(args, kwargs)
-            code = emit(draft.traced, draft.lowered, draft.plan.order)
+            drafted = draft(self._program, args, kwargs, self._options)
             signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
-            found = _Planned(signature, draft, Runner(self._program, draft.traced, code))
+            execution = Execution(self._program, drafted, self._options, self._device(args, kwargs))
+            found = _Planned(signature, execution)
             self._planned.setdefault(signature, []).append(found)
         self._latest = found
-        return found
+        return found.execution
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Lowered]:
-        with stage("capturing the step", self._progress):
-            traced = trace(self._program, args, kwargs)
-            return traced, lower(self._program, traced)
-
-    def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Draft:
-        started = time.perf_counter()
-        traced, lowered = self._capture(args, kwargs)
-        capture_seconds = time.perf_counter() - started
-        with stage(f"ordering {len(lowered.graph.ops):,} ops", self._progress):
-            graph = lowered.graph
-            order = schedule(graph, time_limit=self._time_limit) if self._reorder else program_order(graph)
-            plan = Plan.of(graph, order)
-        verify(graph, plan)
-        return _Draft(traced, lowered, plan, capture_seconds)
+    def _with_arena(self, measured: Measurement) -> Measurement:
+        """With what the arena holds and how the last step went in it."""
+        execution = self._current
+        if execution.arena is None or measured.reserved_bytes is not None:
+            return measured
+        reserved = execution.arena.arena_bytes + execution.outside_bytes
+        return replace(
+            measured,
+            arena=execution.counts,
+            reserved_bytes=reserved,
+            fragmentation=1 - measured.peak_bytes / reserved if reserved else None,
+        )
 
     def _require_same_devices(self, signature: Signature) -> None:
         assert self._latest is not None

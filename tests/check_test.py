@@ -14,20 +14,24 @@ from hypothesis import strategies as st
 from olla import Graph, InvalidPlanError, Op, Plan, Storage
 from olla.graph.check import ViolationKind, check, verify
 from olla.graph.lifetimes import live_intervals, peak_bytes
-from olla.graph.plan import Placement, Schedule, extra_runs
+from olla.graph.plan import Addresses, Schedule, Workspace, extra_runs
 
 
-def plan_for(graph: Graph, order: tuple[int, ...], placement: Placement | None = None) -> Plan:
-    return Plan.of(graph, Schedule(order, peak_bytes(graph, order), 0, "by hand", 0.0), placement)
+def plan_for(graph: Graph, order: tuple[int, ...], addresses: Addresses | None = None) -> Plan:
+    return Plan.of(graph, Schedule(order, peak_bytes(graph, order), 0, "by hand", 0.0), addresses)
 
 
-def stacked(graph: Graph, order: tuple[int, ...]) -> Placement:
-    """Every life at an address of its own."""
+def stacked(graph: Graph, order: tuple[int, ...]) -> Addresses:
+    """Every life and every workspace at an address of its own."""
     offsets, top = [], 0
     for life in live_intervals(graph, order):
         offsets.append(top)
         top += graph.storages[life.storage].size
-    return Placement(tuple(offsets), top)
+    workspaces = []
+    for step, index in enumerate(order):
+        workspaces.append(Workspace(step, top, graph.ops[index].workspace))
+        top += graph.ops[index].workspace
+    return Addresses(tuple(offsets), tuple(workspaces), top, 0)
 
 
 class CheckTest(unittest.TestCase):
@@ -113,8 +117,10 @@ class CheckTest(unittest.TestCase):
     def test_bound_above_peak(self) -> None:
         self.assertEqual(self.corrupted(lower_bound_bytes=16), {ViolationKind.BOUND_ABOVE_PEAK})
 
-    def placed(self, offsets: tuple[int, ...] | None, arena: int | None) -> set[ViolationKind]:
-        return self.corrupted(offsets=offsets, arena_bytes=arena)
+    def placed(
+        self, offsets: tuple[int | None, ...] | None, arena: int | None, bound: int | None = 0, **changes: Any
+    ) -> set[ViolationKind]:
+        return self.corrupted(offsets=offsets, arena_bytes=arena, arena_lower_bound_bytes=bound, **changes)
 
     def test_addresses_that_fit_pass(self) -> None:
         # start [0, 4), wide [4, 14), small [14, 15), narrow [4, 5), end [0, 2)
@@ -123,7 +129,15 @@ class CheckTest(unittest.TestCase):
     def test_an_offset_for_each_life(self) -> None:
         self.assertEqual(self.placed((0, 4), 15), {ViolationKind.WRONG_OFFSETS})
         self.assertEqual(self.placed((0, 4, 14, 4, 0), None), {ViolationKind.WRONG_OFFSETS})
+        self.assertEqual(self.placed((0, 4, 14, 4, 0), 15, None), {ViolationKind.WRONG_OFFSETS})
         self.assertEqual(self.placed(None, 15), {ViolationKind.WRONG_OFFSETS})
+
+    def test_only_outputs_may_be_outside_of_the_arena(self) -> None:
+        self.assertEqual(self.placed((0, 4, None, 4, 0), 14), {ViolationKind.WRONG_OFFSETS})
+        graph = Graph(
+            (Op("a", creates=(0,)), Op("b", creates=(1,), reads=(0,))), (Storage("x", 4), Storage("y", 4)), (1,)
+        )
+        self.assertEqual(self.kinds(graph, plan_for(graph, (0, 1), Addresses((0, None), (), 4, 4))), set())
 
     def test_outside_the_arena(self) -> None:
         self.assertEqual(self.placed((0, 4, 15, 4, 0), 15), {ViolationKind.OUTSIDE_ARENA})
@@ -134,6 +148,29 @@ class CheckTest(unittest.TestCase):
 
     def test_arena_larger_than_needed(self) -> None:
         self.assertEqual(self.placed((0, 4, 14, 4, 0), 16), {ViolationKind.WRONG_ARENA})
+
+    def test_arena_smaller_than_its_bound(self) -> None:
+        self.assertEqual(self.placed((0, 4, 14, 4, 0), 15, 16), {ViolationKind.WRONG_ARENA})
+
+    def working(self, *workspaces: Workspace, arena: int = 8) -> set[ViolationKind]:
+        """Two ops, of which the second one reads x [0, 2), creates y [2, 4) and needs 3 bytes to work in."""
+        graph = Graph(
+            (Op("a", creates=(0,)), Op("b", creates=(1,), reads=(0,), workspace=3)), (Storage("x", 2), Storage("y", 2))
+        )
+        return self.kinds(graph, plan_for(graph, (0, 1), Addresses((0, 2), workspaces, arena, 0)))
+
+    def test_a_workspace_has_its_place(self) -> None:
+        self.assertEqual(self.working(Workspace(1, 5, 3)), set())
+        self.assertEqual(self.working(Workspace(1, 4, 1), Workspace(1, 5, 3)), set())
+        self.assertEqual(self.working(arena=4), {ViolationKind.WRONG_WORKSPACES})
+        self.assertEqual(self.working(Workspace(0, 5, 3)), {ViolationKind.WRONG_WORKSPACES})
+        self.assertEqual(self.working(Workspace(1, 5, 3), Workspace(2, 5, 3)), {ViolationKind.WRONG_WORKSPACES})
+        self.assertEqual(self.working(Workspace(1, 6, 3)), {ViolationKind.OUTSIDE_ARENA})
+        self.assertEqual(self.working(Workspace(1, 1, 7)), {ViolationKind.OVERLAP})
+
+    def test_a_workspace_may_be_where_the_result_comes_later_but_not_count_it(self) -> None:
+        self.assertEqual(self.working(Workspace(1, 2, 5), arena=7), set())
+        self.assertEqual(self.working(Workspace(1, 2, 4), arena=6), {ViolationKind.WRONG_WORKSPACES})
 
     def test_every_kind_of_violation_is_tested_here(self) -> None:
         text = Path(__file__).read_text()

@@ -8,11 +8,13 @@ from pathlib import Path
 from graphs import diamond
 
 from olla import InvalidPlanError, Plan
-from olla.graph.plan import Placement, Schedule, extra_runs
+from olla.graph.plan import Addresses, Schedule, Workspace, extra_runs
+
+ADDRESSES = Addresses((0, 4, None, 0, 1), (Workspace(2, 12, 8),), 20, 15)
 
 
-def example(placement: Placement | None = None) -> Plan:
-    return Plan.of(diamond(), Schedule((0, 1, 3, 2, 4, 5), 15, 14, "by hand", 0.5), placement)
+def example(addresses: Addresses | None = None) -> Plan:
+    return Plan.of(diamond(), Schedule((0, 1, 3, 2, 4, 5), 15, 14, "by hand", 0.5), addresses)
 
 
 class PlanTest(unittest.TestCase):
@@ -30,7 +32,7 @@ class PlanTest(unittest.TestCase):
 
     def test_fragmentation_is_what_the_arena_wastes(self) -> None:
         self.assertIsNone(example().fragmentation)
-        self.assertEqual(example(Placement((0, 4, 0, 0, 1), 20)).fragmentation, 0.25)
+        self.assertEqual(example(ADDRESSES).fragmentation, 0.25)
 
     def test_extra_runs_are_declared(self) -> None:
         self.assertEqual(extra_runs((0, 1, 2, 1, 0, 1)), (0, 1, 1))
@@ -38,7 +40,7 @@ class PlanTest(unittest.TestCase):
     def test_json_round_trip(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "plan.json"
-            for plan in (example(), example(Placement((0, 4, 0, 0, 1), 20))):
+            for plan in (example(), example(ADDRESSES)):
                 plan.save(path)
                 self.assertEqual(Plan.load(path), plan)
 
@@ -52,6 +54,9 @@ class PlanTest(unittest.TestCase):
             {**good, "order": [0, "1"]},
             {**good, "peak_bytes": "15"},
             {**good, "offsets": 3},
+            {**good, "offsets": ["0"]},
+            {**good, "workspaces": [[1, 2]]},
+            {**good, "workspaces": [[1, 2, "3"]]},
             {**good, "surprise": 1},
             {key: value for key, value in good.items() if key != "method"},
         ]

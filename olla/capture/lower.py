@@ -23,7 +23,7 @@ from olla.capture.workspace import workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
 from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Lowered", "lower", "tensors_of"]
 
 # Arguments that an operator writes although its schema does not say so, and the one that enables it, if any.
 _UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int | None]] = {
@@ -41,6 +41,7 @@ class Lowered:
     graph: Graph
     nodes: tuple[fx.Node, ...]  # nodes[i] is op i; all other calls are views, run when needed
     views: Mapping[fx.Node, set[int]]  # the storages that each view is on
+    results: Mapping[fx.Node, tuple[int, ...]]  # the storage of each tensor that the call of an op returns
 
 
 def lower(program: Program, traced: Trace) -> Lowered:
@@ -61,7 +62,7 @@ def lower(program: Program, traced: Trace) -> Lowered:
                 builder.add_op(node)
     outputs = builder.existing(traced.module.graph.output_node().all_input_nodes)
     graph = Graph(tuple(builder.ops), tuple(builder.storages), tuple(sorted(outputs)))
-    return Lowered(graph, tuple(builder.nodes), builder.views)
+    return Lowered(graph, tuple(builder.nodes), builder.views, builder.results)
 
 
 @dataclass
@@ -71,6 +72,7 @@ class _Builder:
     storages: list[Storage] = field(default_factory=list)
     ids: dict[int, int] = field(default_factory=dict)  # key of a torch storage -> our id
     views: dict[fx.Node, set[int]] = field(default_factory=dict)
+    results: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     optimizer_state: dict[tuple[int, int], int] = field(default_factory=dict)  # optimizer, parameter -> our id
     generator: int | None = None
 
@@ -94,6 +96,7 @@ class _Builder:
             writes |= {self._generator()}
         reads = self.existing(node.all_input_nodes) - writes
         creates = [self._add_storage(t, node.name) for t in _tensors(node) if storage_key(t) not in self.ids]
+        self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
         self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node))
 
     def add_update(self, program: Program, traced: Trace, node: fx.Node) -> None:
@@ -149,10 +152,14 @@ class _Builder:
         return self.generator
 
 
+def tensors_of(value: object) -> list[Tensor]:
+    """The tensors with bytes of their own in what a call returns; of a sparse one, its indices and values."""
+    leaves, _ = flatten(value)
+    return [part for leaf in leaves if isinstance(leaf, Tensor) for part in dense_parts(leaf)]
+
+
 def _tensors(node: fx.Node) -> list[Tensor]:
-    """The tensors with bytes of their own that the call returns; of a sparse one, its indices and values."""
-    values, _ = flatten(node.meta.get("val"))
-    return [part for value in values if isinstance(value, Tensor) for part in dense_parts(value)]
+    return tensors_of(node.meta.get("val"))
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:

@@ -31,10 +31,11 @@ class ViolationKind(Enum):
     WRONG_BASELINE = "the baseline is not what program order needs"
     WRONG_PERSISTENT = "the persistent bytes are not those of the graph"
     BOUND_ABOVE_PEAK = "the lower bound exceeds the peak that is reached"
-    WRONG_OFFSETS = "there is not one offset for each life of each storage"
-    OUTSIDE_ARENA = "a storage leaves the arena"
-    OVERLAP = "two storages that are alive together share bytes"
-    WRONG_ARENA = "the arena is larger than its highest address"
+    WRONG_OFFSETS = "there is not one offset for each life of each storage that ends with the step"
+    WRONG_WORKSPACES = "a workspace has no place in the arena"
+    OUTSIDE_ARENA = "a storage or a workspace leaves the arena"
+    OVERLAP = "storages or workspaces that are alive together share bytes"
+    WRONG_ARENA = "the arena is larger than its highest address, or smaller than claimed possible"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,28 +166,92 @@ def _peak(graph: Graph, order: tuple[int, ...]) -> int:
 
 def _addresses(graph: Graph, plan: Plan) -> Iterator[Violation]:
     if plan.offsets is None:
-        if plan.arena_bytes is not None:
+        if plan.workspaces or plan.arena_bytes is not None or plan.arena_lower_bound_bytes is not None:
             yield Violation(ViolationKind.WRONG_OFFSETS, "an arena without offsets")
         return
     lives = _lives(graph, plan.order)
-    if plan.arena_bytes is None or len(plan.offsets) != len(lives):
+    if plan.arena_bytes is None or plan.arena_lower_bound_bytes is None or len(plan.offsets) != len(lives):
         yield Violation(ViolationKind.WRONG_OFFSETS, f"{len(plan.offsets)} offsets for {len(lives)} lives")
         return
-    top = 0
-    placed: list[tuple[_Life, int, int]] = []  # alive, lowest address, first address above
-    for life, low in zip(lives, plan.offsets, strict=True):
-        high = low + graph.storages[life.storage].size
-        top = max(top, high)
-        if low < 0 or high > plan.arena_bytes:
-            yield Violation(ViolationKind.OUTSIDE_ARENA, f"{_storage(graph, life.storage)} at [{low:,}, {high:,})")
-        placed = [other for other in placed if other[0].end > life.start]
-        for other, other_low, other_high in placed:
-            if low < other_high and other_low < high:
-                pair = f"{_storage(graph, other.storage)} and {_storage(graph, life.storage)}"
-                yield Violation(ViolationKind.OVERLAP, f"{pair} at step {life.start}")
-        placed.append((life, low, high))
+    blocks: list[_Block] = []
+    for life, offset in zip(lives, plan.offsets, strict=True):
+        name, size = _storage(graph, life.storage), graph.storages[life.storage].size
+        if offset is not None:
+            blocks.append(_Block(name, life.start, life.end, offset, offset + size, made_at=life.start))
+        elif size and life.storage not in graph.outputs:
+            yield Violation(ViolationKind.WRONG_OFFSETS, f"{name} is outside of the arena, but no output")
+    yield from _workspaces(graph, plan, blocks)
+    top = max((block.high for block in blocks), default=0)
+    for block in blocks:
+        if block.low < 0 or block.high > plan.arena_bytes:
+            yield Violation(ViolationKind.OUTSIDE_ARENA, f"{block.name} at [{block.low:,}, {block.high:,})")
+    yield from _overlaps(blocks)
     if top < plan.arena_bytes:
         yield Violation(ViolationKind.WRONG_ARENA, f"{plan.arena_bytes:,} bytes claimed, {top:,} used")
+    if plan.arena_lower_bound_bytes > plan.arena_bytes:
+        yield Violation(
+            ViolationKind.WRONG_ARENA, f"bound {plan.arena_lower_bound_bytes:,}, {plan.arena_bytes:,} bytes"
+        )
+
+
+@dataclass(slots=True)
+class _Block:
+    """Bytes of the arena, for some steps."""
+
+    name: str
+    start: int
+    end: int
+    low: int
+    high: int
+    made_at: int | None  # the step at which an op creates it; None: a workspace
+
+
+def _workspaces(graph: Graph, plan: Plan, blocks: list[_Block]) -> Iterator[Violation]:
+    """Add the workspaces to ``blocks``."""
+    created: dict[int, list[_Block]] = {}
+    for block in blocks:
+        created.setdefault(block.start, []).append(block)
+    working: dict[int, list[_Block]] = {}
+    for step, offset, size in plan.workspaces:
+        if not 0 <= step < len(plan.order) or size < 0:
+            yield Violation(ViolationKind.WRONG_WORKSPACES, f"{size:,} bytes at step {step} of {len(plan.order)}")
+            continue
+        name = f"the workspace of {_op(graph, plan.order[step])}"
+        working.setdefault(step, []).append(_Block(name, step, step + 1, offset, offset + size, made_at=None))
+    for step, index in enumerate(plan.order):
+        # Workspaces may be where a result comes later, but these bytes do not count.
+        results = created.get(step, [])
+        placed = _covered(results + working.get(step, [])) - _covered(results)
+        if placed < graph.ops[index].workspace:
+            needed = f"needs {graph.ops[index].workspace:,} bytes, {placed:,} are placed"
+            yield Violation(ViolationKind.WRONG_WORKSPACES, f"step {step}, {_op(graph, index)}: {needed}")
+    for found in working.values():
+        blocks.extend(found)
+
+
+def _covered(blocks: list[_Block]) -> int:
+    """How many bytes belong to at least one of the blocks."""
+    covered, top = 0, -1
+    for block in sorted(blocks, key=lambda block: block.low):
+        covered += max(0, block.high - max(block.low, top))
+        top = max(top, block.high)
+    return covered
+
+
+def _overlaps(blocks: list[_Block]) -> Iterator[Violation]:
+    placed: list[_Block] = []
+    for block in sorted(blocks, key=lambda block: block.start):
+        placed = [other for other in placed if other.end > block.start]
+        for other in placed:
+            if block.low < other.high and other.low < block.high and not _one_after_the_other(block, other):
+                yield Violation(ViolationKind.OVERLAP, f"{other.name} and {block.name} at step {block.start}")
+        placed.append(block)
+
+
+def _one_after_the_other(one: _Block, other: _Block) -> bool:
+    """Within one op, a workspace may be given back before another one, or a result, is allocated."""
+    times = {one.start, one.made_at} & {other.start, other.made_at} - {None}
+    return bool(times) and None in (one.made_at, other.made_at)
 
 
 def _lives(graph: Graph, order: tuple[int, ...]) -> list[_Life]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import peak_bytes
 
-__all__ = ["Placement", "Plan", "Schedule"]
+__all__ = ["Addresses", "Placement", "Plan", "Schedule", "Workspace"]
 
 FORMAT = "olla-plan-1"
 
@@ -30,7 +30,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """An offset in the arena for every buffer; in a plan, for every life in ``live_intervals(graph, order)``."""
+    """An offset in the arena for every buffer."""
 
     offsets: tuple[int, ...]  # bytes from the start of the arena
     arena_bytes: int
@@ -51,6 +51,25 @@ class Placement:
         return "optimal" if self.arena_bytes == self.lower_bound_bytes else "feasible"
 
 
+class Workspace(NamedTuple):
+    """Bytes of the arena that the op at ``step`` of the order holds while it runs, or for a part of that time."""
+
+    step: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where everything that a step allocates is in its arena."""
+
+    # For every life in ``live_intervals(graph, order)``. None: outside, because it outlives the step.
+    offsets: tuple[int | None, ...]
+    workspaces: tuple[Workspace, ...]
+    arena_bytes: int
+    lower_bound_bytes: int  # the most bytes alive at once inside of the arena
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What will happen when the step runs. All sizes are in bytes.
@@ -68,12 +87,14 @@ class Plan:
     lower_bound_bytes: int  # no order can do better
     method: str
     seconds: float
-    offsets: tuple[int, ...] | None = None  # see Placement; None: the allocator decides
+    offsets: tuple[int | None, ...] | None = None  # see Addresses; None: the allocator decides
+    workspaces: tuple[Workspace, ...] = ()
     arena_bytes: int | None = None
+    arena_lower_bound_bytes: int | None = None  # no arena for this order can be smaller
 
     @classmethod
-    def of(cls, graph: Graph, schedule: Schedule, placement: Placement | None = None) -> Plan:
-        """The plan that runs ``schedule`` (at the addresses of ``placement``) on ``graph``."""
+    def of(cls, graph: Graph, schedule: Schedule, addresses: Addresses | None = None) -> Plan:
+        """The plan that runs ``schedule`` (at ``addresses``) on ``graph``."""
         return cls(
             graph_digest=graph.digest,
             order=schedule.order,
@@ -84,8 +105,16 @@ class Plan:
             lower_bound_bytes=schedule.lower_bound_bytes,
             method=schedule.method,
             seconds=schedule.seconds,
-            offsets=placement.offsets if placement else None,
-            arena_bytes=placement.arena_bytes if placement else None,
+        ).at(addresses)
+
+    def at(self, addresses: Addresses | None) -> Plan:
+        """The same plan, run at ``addresses``; None: wherever the allocator decides."""
+        return replace(
+            self,
+            offsets=addresses.offsets if addresses else None,
+            workspaces=addresses.workspaces if addresses else (),
+            arena_bytes=addresses.arena_bytes if addresses else None,
+            arena_lower_bound_bytes=addresses.lower_bound_bytes if addresses else None,
         )
 
     @property
@@ -107,10 +136,10 @@ class Plan:
 
     @property
     def fragmentation(self) -> float | None:
-        """The share of the arena that is wasted at the peak; None without addresses."""
-        if self.arena_bytes is None:
+        """The share of the arena that is never in use at once; None without addresses."""
+        if self.arena_bytes is None or self.arena_lower_bound_bytes is None:
             return None
-        return 1 - self.peak_bytes / self.arena_bytes if self.arena_bytes else 0.0
+        return 1 - self.arena_lower_bound_bytes / self.arena_bytes if self.arena_bytes else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data; :meth:`from_dict` reads it back."""
@@ -131,10 +160,15 @@ class Plan:
         for key, expected in _FIELD_TYPES.items():
             if not isinstance(fields.get(key), expected):
                 raise InvalidPlanError(f"the plan's {key!r} is {fields.get(key)!r}")
-        for key in ("order", "recomputed", "offsets"):
-            if fields.get(key) is not None:
-                fields[key] = _integers(key, fields[key])
+        for key in ("order", "recomputed"):
+            fields[key] = _integers(key, fields[key])
+        if fields.get("offsets") is not None:
+            placed = iter(_integers("offsets", [offset for offset in fields["offsets"] if offset is not None]))
+            fields["offsets"] = tuple(None if offset is None else next(placed) for offset in fields["offsets"])
         try:
+            fields["workspaces"] = tuple(
+                Workspace(*_integers("workspaces", workspace)) for workspace in fields.get("workspaces", ())
+            )
             return cls(**fields)
         except TypeError as error:
             raise InvalidPlanError(f"not a plan of format {FORMAT!r}: {error}") from error
@@ -171,6 +205,7 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
     "offsets": (list, tuple, type(None)),
     "arena_bytes": (int, type(None)),
+    "arena_lower_bound_bytes": (int, type(None)),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from olla.run.arena import Counts
 from olla.torch_private import cpu_allocations
 
 __all__ = ["Measurement", "measure"]
@@ -27,11 +28,12 @@ class Measurement:
     planned_bytes: int  # what the plan says
     peak_bytes: int  # what the planned step needed above what was allocated when it began
     baseline_peak_bytes: int  # the same of the eager step
-    reserved_bytes: int | None  # what CUDA's caching allocator held; None on CPU, which keeps no reserve
-    fragmentation: float | None  # share of the reserved bytes not in use at the peak; None on CPU
+    reserved_bytes: int | None  # held by the arena and outside of it, or by CUDA's caching allocator; else None
+    fragmentation: float | None  # share of the reserved bytes not in use at the peak
     step_seconds: float  # median
     baseline_step_seconds: float  # median
     time_ratio: float  # median over pairs of steps, planned / eager
+    arena: Counts | None = None  # how the allocations of the last planned step were answered; None: without an arena
 
     @property
     def saving(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -18,19 +18,27 @@ from olla.torch_private import OpOverload
 __all__ = ["emit"]
 
 
-def emit(traced: Trace, lowered: Lowered, order: Sequence[int]) -> fx.GraphModule:
+Tell = Callable[[int], None]
+Watch = Callable[[int, object], None]
+
+
+def emit(
+    traced: Trace, lowered: Lowered, order: Sequence[int], *, tell: Tell | None = None, watch: Watch | None = None
+) -> fx.GraphModule:
     """The step of ``traced``, its ops in ``order``; ``.code`` of the result is what runs.
 
     Views are taken right before they are needed. The parts of a result are taken right after the
-    call, so that the tuple does not keep them all alive.
+    call, so that the tuple does not keep them all alive. ``tell`` is called with the position in the
+    order before each op, ``watch`` after it, with the position and what the op returned.
     """
-    return _Emitter(traced, lowered).emit(order)
+    return _Emitter(traced, lowered, tell, watch).emit(order)
 
 
 class _Emitter:
-    def __init__(self, traced: Trace, lowered: Lowered) -> None:
+    def __init__(self, traced: Trace, lowered: Lowered, tell: Tell | None, watch: Watch | None) -> None:
         self._traced = traced
         self._lowered = lowered
+        self._hooks = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
         self._graph = fx.Graph()
         self._emitted: dict[fx.Node, fx.Node] = {}
         self._updates: dict[str, Update] = {}
@@ -40,24 +48,33 @@ class _Emitter:
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self._copy(node)
-        for index in order:
-            node = self._lowered.nodes[index]
-            if isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags:
-                self._take_views_before(index)
-            self._require(node.all_input_nodes)
-            if node.target is UPDATE:
-                self._emit_update(index)
-                continue
-            self._copy(node)
-            for part in node.users:
-                if part.target is operator.getitem and part.users:
-                    self._copy(part)
+        for position, index in enumerate(order):
+            self._emit_op(position, index)
         output = module.graph.output_node()
         self._require(output.all_input_nodes)
         self._copy(output)
         constants = {str(n.target): getattr(module, str(n.target)) for n in self._emitted if n.op == "get_attr"}
-        root: dict[str, object] = constants | self._updates
+        root: dict[str, object] = constants | self._updates | self._hooks
         return fx.GraphModule(root, self._graph, class_name="PlannedStep")
+
+    def _emit_op(self, position: int, index: int) -> None:
+        node = self._lowered.nodes[index]
+        if isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags:
+            self._take_views_before(index)
+        self._require(node.all_input_nodes)
+        self._call("op", position)
+        if node.target is UPDATE:
+            self._emit_update(index)
+            return
+        self._copy(node)
+        self._call("look", position, self._emitted[node])
+        for part in node.users:
+            if part.target is operator.getitem and part.users:
+                self._copy(part)
+
+    def _call(self, hook: str, *arguments: int | fx.Node) -> None:
+        if hook in self._hooks:
+            self._graph.call_module(hook, arguments)
 
     def _copy(self, node: fx.Node) -> None:
         copied = self._graph.node_copy(node, lambda argument: self._emitted[argument])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ __all__ = ["Runner"]
 class Runner:
     """Feeds the live state and the inputs to the emitted code and hands out what it returns."""
 
-    def __init__(self, program: Program, traced: Trace, code: fx.GraphModule) -> None:
-        self.code = code
+    def __init__(self, program: Program, traced: Trace) -> None:
         self._program = program
         self._traced = traced
         keep = {*traced.gradient_use.untouched}
@@ -36,16 +35,21 @@ class Runner:
         present = {n for n in self._traced.gradient_use.accumulating if self._program.parameters[n].grad is not None}
         return present == set(self._traced.gradients_in)
 
-    def run(self, leaves: Sequence[Any]) -> Any:
-        """Run the step on the leaves of its arguments and return the result of the user's function."""
+    def run(
+        self, leaves: Sequence[Any], code: fx.GraphModule, session: AbstractContextManager[Any] | None = None
+    ) -> Any:
+        """Run ``code`` on the leaves of the step's arguments and return the result of the user's function.
+
+        ``session`` is entered around the operators alone.
+        """
         state = [tensor.detach() for tensor in self._program.state.values()]
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         gradients = [parameter.grad for parameter in self._gradients_in]
         for parameter in self._cleared:
             parameter.grad = None
         # Nothing here requires a gradient. The mode still matters: some kernels ask for it.
-        with torch.set_grad_enabled(not self._program.inference), _without_autocast():
-            outputs = list(self.code(*state, *gradients, *inputs))
+        with torch.set_grad_enabled(not self._program.inference), _without_autocast(), session or nullcontext():
+            outputs = list(code(*state, *gradients, *inputs))
         for optimizer in self._to_finish:
             finish_step(optimizer)
         first_gradient = len(outputs) - len(self._gradients_out)

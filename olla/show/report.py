@@ -16,6 +16,7 @@ class Report:
 
     plan: Plan
     measurement: Measurement | None
+    not_executed: str = ""  # why addresses are not executed
 
     def __str__(self) -> str:
         """A table of plain text."""
@@ -25,6 +26,7 @@ class Report:
             f"order       {plan.method}; planned in {plan.seconds:.2f} s",
             f"proof       {plan.status}: at most {plan.gap:.2%} above {bound}, which no order can beat",
             f"persistent  {format_bytes(plan.persistent_bytes)} (parameters, buffers, optimizer state, inputs)",
+            f"addresses   {self._addresses}",
             "",
             _row("peak above it", "eager", "planned", "saved"),
             _row(
@@ -56,6 +58,22 @@ class Report:
             off = measured.peak_bytes / plan.peak_bytes - 1 if plan.peak_bytes else float("inf")
             lines.append(f"the measured peak is {off:+.1%} off the planned one (workspaces of operators)")
         return "\n".join(lines)
+
+    @property
+    def _addresses(self) -> str:
+        if self.not_executed:
+            return f"not executed: {self.not_executed}"
+        plan = self.plan
+        if plan.arena_bytes is None:
+            return "after the first steps, which find out what the operators allocate"
+        text = f"in one arena of {format_bytes(plan.arena_bytes)}, {plan.fragmentation:.2%} of it fragmentation"
+        counts = self.measurement.arena if self.measurement else None
+        if counts is None:
+            return text
+        return (
+            f"{text}; {counts.hits:,} allocations at planned addresses, {counts.outside} outside as planned, "
+            f"{counts.missed} missed, {counts.escapes} escaped, {counts.foreign} of other threads"
+        )
 
 
 def _row(name: str, eager: str, planned: str, saved: str) -> str:

@@ -1,0 +1,164 @@
+"""A planned step that learns its addresses in its first runs: warm up, record, place, replay.
+
+Every run is a step of the user's, and gives the numbers that eager PyTorch gives; only where the
+tensors are differs. The first run fills optimizer state and the caches of kernels. The second one
+is recorded: what every operator allocates, workspaces included. With that the order is planned anew
+(and recorded again, if it changed), and all addresses. From then on the step runs in its arena.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.optim import Optimizer
+
+from olla.capture.lower import tensors_of
+from olla.capture.program import Program
+from olla.errors import ExecutionError
+from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
+from olla.run import native
+from olla.run.arena import Arena, Clock, Counts, Recorder
+from olla.run.emit import Watch, emit
+from olla.run.recording import Recording
+from olla.run.runner import Runner
+
+__all__ = ["Execution"]
+
+log = logging.getLogger(__name__)
+
+_ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes; that of PyTorch's allocators
+_REORDERINGS = 2  # after recordings
+_PATIENCE = 3  # steps in a row with misses, before a step is recorded again
+_RECORDINGS_AGAIN = 2  # before its addresses are given up
+
+
+class Execution:
+    """One captured and planned step, and how far it has got with its addresses."""
+
+    def __init__(self, program: Program, draft: Draft, options: Options, device: torch.device) -> None:
+        self.draft = draft
+        self.runner = Runner(program, draft.traced)
+        self.not_executed = "" if options.place else "place=False"  # why addresses are not executed
+        self.arena: Arena | None = None
+        self.outside_bytes = 0  # what the step allocates outside of its arena, because it outlives the step
+        self._optimizers = program.optimizers
+        self._options = options
+        self._device = device.type
+        self._clock = Clock()
+        self._warm: tuple[int, ...] | None = None
+        self._reorderings = 0
+        self._recordings = 0
+        self._bad_steps = 0
+        self.code = self._emit()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the plan will not change any more, as things are."""
+        return self.arena is not None or bool(self.not_executed)
+
+    @property
+    def counts(self) -> Counts | None:
+        """How the allocations of the last step in the arena were answered."""
+        return self.arena.counts if self.arena else None
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run the step on the leaves of its arguments."""
+        if self.not_executed:
+            return self.runner.run(leaves, self.code)
+        if self._warm is None or self._warm != _state_of(self._optimizers):
+            # It will allocate what other steps find: optimizer state, say.
+            result = self.runner.run(leaves, self.code)
+            self._warm = _state_of(self._optimizers)
+            return result
+        if self.arena is None:
+            return self._record(leaves)
+        result = self.runner.run(leaves, self.code, self.arena)
+        self._judge(self.arena.counts)
+        return result
+
+    def close(self) -> None:
+        """Give the arena back."""
+        if self.arena is not None:
+            self.arena.close()
+        self.arena, self.not_executed = None, "the step was closed"
+
+    def _record(self, leaves: Sequence[Any]) -> Any:
+        try:
+            library = native.load(self._device)
+        except native.NativeUnavailableError as error:
+            self._give_up(str(error))
+            return self.runner.run(leaves, self.code)
+        seen: dict[tuple[int, int], int] = {}
+        graph, order = self.draft.lowered.graph, self.draft.plan.order
+
+        def look(position: int, value: object) -> None:
+            op = order[position]
+            storages = self.draft.lowered.results[self.draft.lowered.nodes[op]]
+            for storage, tensor in zip(storages, tensors_of(value), strict=True):
+                if storage in graph.ops[op].creates:
+                    seen[position, storage] = tensor.untyped_storage().data_ptr()
+
+        recorder = Recorder(library, self._clock)
+        result = self.runner.run(leaves, self._emit(look), recorder)
+        self._learn(Recording.of(recorder.events, seen), library)
+        return result
+
+    def _learn(self, recording: Recording, library: Any) -> None:
+        draft = with_workspaces(self.draft, recording, self._options)
+        if draft.plan.order != self.draft.plan.order and self._reorderings < _REORDERINGS:
+            self._reorderings += 1
+            self.draft = draft
+            self.code = self._emit()
+            return
+        draft, offsets = with_addresses(draft, recording, self._options, _ALIGNMENT[self._device])
+        allocations = recording.allocations
+        try:
+            self.arena = Arena(
+                library,
+                self._clock,
+                positions=[allocation.position for allocation in allocations],
+                sizes=[allocation.size for allocation in allocations],
+                offsets=offsets,
+                arena_bytes=draft.plan.arena_bytes or 0,
+            )
+        except ExecutionError as error:
+            self._give_up(str(error))
+            return
+        self.draft = draft
+        self.outside_bytes = sum(a.size for a, at in zip(allocations, offsets, strict=True) if at == OUTSIDE)
+
+    def _judge(self, counts: Counts) -> None:
+        """Record again, and in the end give up, if steps do not go as recorded."""
+        self._bad_steps = self._bad_steps + 1 if counts.missed else 0
+        if self._bad_steps < _PATIENCE:
+            return
+        self._bad_steps = 0
+        self._recordings += 1
+        log.warning("%d allocations of the step miss their planned addresses: recording it again", counts.missed)
+        if self.arena is not None:
+            self.arena.close()
+        self.arena = None
+        if self._recordings > _RECORDINGS_AGAIN:
+            self._give_up("its allocations are not the same in every step")
+
+    def _give_up(self, reason: str) -> None:
+        self.not_executed = reason
+        self.draft = Draft(self.draft.traced, self.draft.lowered, self.draft.plan.at(None), self.draft.capture_seconds)
+        log.warning("the step runs in its planned order, but not at planned addresses: %s", reason)
+
+    def _emit(self, watch: Watch | None = None) -> fx.GraphModule:
+        draft = self.draft
+        tell = self._clock.tell if self._options.place else None
+        return emit(draft.traced, draft.lowered, draft.plan.order, tell=tell, watch=watch)
+
+
+def _state_of(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:
+    """How many tensors the optimizers keep: it changes when they allocate state."""
+    return tuple(
+        sum(isinstance(value, Tensor) for entry in optimizer.state.values() for value in entry.values())
+        for optimizer in optimizers
+    )

@@ -1,0 +1,147 @@
+"""A step's allocations, recorded once and then answered at planned addresses in one block of memory.
+
+The decisions are made in C++ (``arena.h``), inside PyTorch's allocator; this file is its Python side.
+Safety does not rest on the plan: an address is handed out only if nothing alive is there, and what
+does not go as recorded is answered by PyTorch's own allocator and counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from types import TracebackType
+
+import numpy as np
+
+from olla.errors import ExecutionError
+from olla.run import native
+
+__all__ = ["Arena", "Clock", "Counts", "Recorder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How the allocations of one step were answered."""
+
+    hits: int = 0  # at the planned address
+    outside: int = 0  # outside of the arena, as planned: they outlive the step
+    sizes: int = 0  # missed: not an allocation that was recorded
+    conflicts: int = 0  # missed: something alive was at the planned address
+    escapes: int = 0  # blocks of the arena still alive when the step ended
+    foreign: int = 0  # made by other threads meanwhile, and left to PyTorch's allocator
+
+    @property
+    def missed(self) -> int:
+        """Allocations that were planned to be in the arena and are not."""
+        return self.sizes + self.conflicts
+
+
+class Clock:
+    """Where a step is: the position of the op that runs, told by the emitted code, read by the allocator."""
+
+    def __init__(self) -> None:
+        self._memory = (ctypes.c_int64 * 1)(-1)
+        # A call of this costs some 50 ns.
+        self.tell: Callable[[int], None] = partial(memoryview(self._memory).cast("B").cast("q").__setitem__, 0)
+        self.pointer = ctypes.cast(self._memory, ctypes.POINTER(ctypes.c_int64))
+
+
+class _Session:
+    """While it is entered, the allocations of this thread are recorded or replayed."""
+
+    def __init__(self, library: ctypes.PyDLL, clock: Clock) -> None:
+        self._library = library
+        self._clock = clock
+        self._handle: int | None = None
+        self.counts = Counts()
+
+    def _begin(self) -> int:
+        raise NotImplementedError
+
+    def _ended(self, events: Sequence[native.Event]) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> None:
+        self._clock.tell(-1)
+        self._handle = self._begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        counts = native.Counts()
+        events = (native.Event * self._library.olla_end(self._handle, ctypes.byref(counts)))()
+        self._library.olla_drop_session(self._handle, events)
+        self._handle = None
+        self.counts = Counts(*(getattr(counts, field.name) for field in fields(Counts)))
+        self._ended(events)
+
+
+class Recorder(_Session):
+    """Records one step. Its allocations are answered as always."""
+
+    def __init__(self, library: ctypes.PyDLL, clock: Clock) -> None:
+        super().__init__(library, clock)
+        self.events: list[tuple[int, int, int, int]] = []
+
+    def _begin(self) -> int:
+        return int(self._library.olla_begin_recording(self._clock.pointer))
+
+    def _ended(self, events: Sequence[native.Event]) -> None:
+        self.events = [(event.id, event.position, event.size, event.address) for event in events]
+
+
+class Arena(_Session):
+    """One block of memory, and which allocation of which op is where in it.
+
+    The memory is given back when the arena is closed or collected and nothing in it is alive.
+
+    Parameters
+    ----------
+    library, clock
+        See :func:`olla.run.native.load`; the clock must be that of the code that runs.
+    positions, sizes, offsets
+        The allocations of the step in order of time: the position of their op in the order of ops,
+        and bytes. An offset of -1 stands for outside of the arena.
+    arena_bytes
+        The size of the block.
+
+    Raises
+    ------
+    ExecutionError
+        If there is not so much memory.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.PyDLL,
+        clock: Clock,
+        positions: Sequence[int],
+        sizes: Sequence[int],
+        offsets: Sequence[int],
+        arena_bytes: int,
+    ) -> None:
+        super().__init__(library, clock)
+        order = np.argsort(positions, kind="stable")
+        count = 1 + max(positions, default=-1)
+        start = np.searchsorted(np.array(positions, np.int64)[order], np.arange(count + 1))
+        # Kept here, because the C++ side reads them.
+        self._arrays = [np.array(a, np.int64) for a in (start, np.array(sizes)[order], np.array(offsets)[order])]
+        pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in self._arrays]
+        self._slots = native.Slots(count, *pointers)
+        self._arena = library.olla_new_arena(arena_bytes)
+        if not self._arena:
+            raise ExecutionError(f"there is no memory for an arena of {arena_bytes:,} bytes")
+        self.base = int(library.olla_arena_base(self._arena))
+        self.arena_bytes = arena_bytes
+        self.close = weakref.finalize(self, library.olla_drop_arena, self._arena)
+
+    def _begin(self) -> int:
+        if not self.close.alive:
+            raise ExecutionError("the arena is closed")
+        return int(self._library.olla_begin_replay(self._clock.pointer, self._arena, ctypes.byref(self._slots)))
+
+    def _ended(self, events: Sequence[native.Event]) -> None:
+        """A replay records nothing."""

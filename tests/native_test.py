@@ -1,0 +1,106 @@
+"""The C++ half of the arena: compiled once, safely, or not at all with a clear reason; and clean under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from olla.run import native
+from olla.run.native import NativeUnavailableError
+
+HERE = Path(__file__).parent
+CUDA_HEADERS = any((path / "cuda_runtime_api.h").exists() for path in native.cuda_headers())
+
+
+class SanitizerTest(unittest.TestCase):
+    def clean_under(self, sanitizer: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            program = f"{folder}/arena_test"
+            flags = ["-std=c++20", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-fsanitize={sanitizer}"]
+            subprocess.run(["g++", *flags, str(HERE / "arena_test.cpp"), "-o", program], check=True)
+            done = subprocess.run([program, sanitizer], capture_output=True, text=True, check=False)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "all good\n", ""))
+
+    def test_addresses_and_undefined_behaviour(self) -> None:
+        self.clean_under("address,undefined")
+
+    def test_threads(self) -> None:
+        self.clean_under("thread")
+
+
+class CompilationTest(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        patch = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.folder)})
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_it_is_compiled_once(self) -> None:
+        path = native._compiled("cpu")
+        self.assertEqual([path], list((self.folder / "olla").iterdir()))
+        with mock.patch("subprocess.run", side_effect=AssertionError("compiled again")):
+            self.assertEqual(native._compiled("cpu"), path)
+
+    def test_another_torch_is_another_file(self) -> None:
+        path = native._compiled("cpu")
+        with mock.patch("torch.__version__", "9.9.9"):
+            self.assertNotEqual(native._compiled("cpu"), path)
+
+    def test_processes_that_start_together_do_not_disturb_each_other(self) -> None:
+        script = "import olla.run.native as n, torch; n.load('cpu'); print(torch.ones(3).sum().item())"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+        started = [
+            subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        self.assertEqual([process.communicate()[0] for process in started], ["3.0\n"] * 3)
+        self.assertEqual(len(list((self.folder / "olla").iterdir())), 1)
+
+    def test_a_cache_that_cannot_be_written_is_done_without(self) -> None:
+        (self.folder / "olla").write_text("in the way")
+        path = native._compiled("cpu")
+        self.addCleanup(shutil.rmtree, path.parent)
+        self.addCleanup(native._folder_of_this_process.cache_clear)
+        self.assertNotIn(self.folder, path.parents)
+
+    def test_no_compiler(self) -> None:
+        with (
+            mock.patch.dict(os.environ, {"PATH": str(self.folder)}),
+            self.assertRaisesRegex(NativeUnavailableError, "no C.. compiler was found: install g.."),
+        ):
+            os.environ.pop("CXX", None)
+            native._compiled("cpu")
+
+    def test_a_compiler_that_is_not_there(self) -> None:
+        with (
+            mock.patch.dict(os.environ, {"CXX": "/nowhere/compiler"}),
+            self.assertRaisesRegex(NativeUnavailableError, "/nowhere/compiler cannot be run"),
+        ):
+            native._compiled("cpu")
+
+    def test_a_compiler_that_fails_is_quoted(self) -> None:
+        compiler = self.folder / "compiler"
+        compiler.write_text("#!/bin/sh\necho it is too hot >&2\nexit 1\n")
+        compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+        with (
+            mock.patch.dict(os.environ, {"CXX": str(compiler)}),
+            self.assertRaisesRegex(NativeUnavailableError, "it is too hot"),
+        ):
+            native._compiled("cpu")
+        self.assertEqual(list((self.folder / "olla").iterdir()), [])
+
+    def test_other_platforms(self) -> None:
+        with (
+            mock.patch("sys.platform", "win32"),
+            self.assertRaisesRegex(NativeUnavailableError, "not supported on win32"),
+        ):
+            native.load.__wrapped__("cpu")
