@@ -8,7 +8,9 @@
 Every row plans one step of a model; where the step fits into memory, the planned and the eager step
 are run side by side and the allocator is asked for both peaks. Weights are random: no download.
 With --simulate, models are on the meta device, and the plan is compared with the orders that PyTorch
-Inductor chooses among (least peak memory first, breadth first, depth first).
+Inductor chooses among (least peak memory first, breadth first, depth first). "Reserved" is what the
+CUDA caching allocator would take from the driver for two such steps, by the model of it in
+olla/measure/caching_allocator.py.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import olla
+from olla.graph.events import events_of
 from olla.graph.lifetimes import peak_bytes
+from olla.measure.caching_allocator import replay
 from olla.order.baselines import INDUCTOR
 
 
@@ -170,6 +174,8 @@ class Row:
     persistent_bytes: int | None = None
     simulated_eager_bytes: int | None = None
     simulated_planned_bytes: int | None = None
+    reserved_eager_bytes: int | None = None
+    reserved_planned_bytes: int | None = None
     lower_bound_bytes: int | None = None
     gap: float | None = None
     status: str | None = None
@@ -231,6 +237,8 @@ def _simulate(row: Row, options: argparse.Namespace) -> None:
     plan = olla.Plan.of(graph, olla.schedule(graph))
     _note(row, plan)
     _note_simulated(row, plan)
+    row.reserved_eager_bytes = replay(events_of(graph, range(len(graph.ops)))).peak_reserved_bytes
+    row.reserved_planned_bytes = replay(events_of(graph, plan.order)).peak_reserved_bytes
     for name, rule in INDUCTOR.items():
         setattr(row, f"inductor_{name}_bytes", peak_bytes(graph, rule(graph)))
 
@@ -267,6 +275,8 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "ops": lambda row: _number(row.ops),
     "eager MiB": lambda row: _mebibytes(row.simulated_eager_bytes),
     "planned": lambda row: _mebibytes(row.simulated_planned_bytes),
+    "eager reserved": lambda row: _mebibytes(row.reserved_eager_bytes),
+    "planned reserved": lambda row: _mebibytes(row.reserved_planned_bytes),
     "gap": lambda row: "-" if row.gap is None else f"{row.gap:.2%}",
     "status": lambda row: row.status or "-",
     "capture s": lambda row: _seconds(row.capture_seconds),
@@ -343,7 +353,17 @@ def summary(rows: list[Row]) -> str:
             f"{max(gaps):.4%}; planned in {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (worst); "
             f"worse than Inductor's orders or program order in {beaten} of {len(others)} comparisons"
         )
+    lost = {order: _fragmentation(rows, order) for order in ("eager", "planned")}
+    if all(lost.values()):
+        shares = (f"{name} {statistics.median(of):.1%} (median), {max(of):.1%} (worst)" for name, of in lost.items())
+        lines.append(f"CUDA's caching allocator would lose to fragmentation: {'; '.join(shares)}")
     return "\n".join(lines)
+
+
+def _fragmentation(rows: list[Row], order: str) -> list[float]:
+    """What share of the bytes that the caching allocator reserves is above the simulated peak, row by row."""
+    peaks = [(getattr(row, f"simulated_{order}_bytes"), getattr(row, f"reserved_{order}_bytes")) for row in rows]
+    return [1 - peak / reserved for peak, reserved in peaks if reserved]
 
 
 def write_log(rows: list[Row], path: Path, *, append: bool) -> None:

@@ -19,6 +19,7 @@ from olla.errors import (
     InvalidGraphError,
     InvalidPlanError,
     OllaError,
+    OutOfMemoryError,
 )
 from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Placement, Plan, Schedule
@@ -43,6 +44,7 @@ __all__ = [
     "Measurement",
     "OllaError",
     "Op",
+    "OutOfMemoryError",
     "Placement",
     "Plan",
     "Schedule",

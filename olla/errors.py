@@ -8,6 +8,7 @@
     ├── InvalidBuffersError buffers to place contradict themselves
     ├── InvalidPlanError    a plan does not fit its graph, or claims what is not true
     ├── InfeasibleError     what was asked for does not fit
+    ├── OutOfMemoryError    a modelled allocator has no room for a request
     └── ExecutionError      a planned step cannot run as it was called
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "InvalidGraphError",
     "InvalidPlanError",
     "OllaError",
+    "OutOfMemoryError",
 ]
 
 
@@ -53,6 +55,10 @@ class InfeasibleError(OllaError):
         super().__init__(message)
         self.lower_bound_bytes = lower_bound_bytes
         self.best_bytes = best_bytes
+
+
+class OutOfMemoryError(OllaError):
+    """A modelled allocator has no room for a request; the message says what it holds. A device was not asked."""
 
 
 class InvalidPlanError(OllaError):

@@ -73,6 +73,9 @@ class BenchmarksTest(unittest.TestCase):
         self.assertGreater(log.simulated_planned_bytes[2], 2**36)  # resnet18 in training
         self.assertIn("train: 2 graphs, gap at most 0.01 % on 2", text)
         self.assertIn("in 0 of 8 comparisons", text)
+        for order in ("eager", "planned"):
+            self.assertTrue((log[f"reserved_{order}_bytes"] >= log[f"simulated_{order}_bytes"]).all())
+            self.assertRegex(text, rf"fragmentation: .*{order} \d+\.\d% \(median\), \d+\.\d% \(worst\)")
 
     def test_simulating_and_running_exclude_each_other(self) -> None:
         with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):

@@ -1,1 +1,1 @@
-"""What the allocator really did."""
+"""What the allocator really did, and what CUDA's would do."""

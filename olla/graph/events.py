@@ -1,0 +1,52 @@
+"""What a run asks of an allocator: the allocations and releases of a graph's steps, in order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from olla.graph.graph import Graph
+from olla.graph.lifetimes import live_intervals
+
+__all__ = ["Allocate", "Event", "Release", "events_of"]
+
+
+class Allocate(NamedTuple):
+    """``size`` bytes are asked for, and called ``name`` until they are released."""
+
+    name: int
+    size: int
+
+
+class Release(NamedTuple):
+    """What was called ``name`` is given back."""
+
+    name: int
+
+
+Event: TypeAlias = Allocate | Release
+
+
+def events_of(graph: Graph, order: Sequence[int]) -> tuple[Event, ...]:
+    """What one step asks of the allocator when the ops run in ``order``.
+
+    An op first allocates what it creates, then takes and gives back its workspace, then releases what
+    it used last. Outputs are not released. Persistent storages are no part of it, nor is what has no
+    bytes, for which PyTorch asks nothing.
+    """
+    lives = live_intervals(graph, order)
+    sizes = [graph.storages[life.storage].size for life in lives]
+    starting, ending = defaultdict[int, list[int]](list), defaultdict[int, list[int]](list)
+    for name, (storage, start, end) in enumerate(lives):
+        if sizes[name]:
+            starting[start].append(name)
+            if storage not in graph.outputs or end < len(order):
+                ending[end].append(name)
+    events: list[Event] = []
+    for step, index in enumerate(order):
+        events += [Allocate(name, sizes[name]) for name in starting[step]]
+        if graph.ops[index].workspace:
+            events += [Allocate(len(lives), graph.ops[index].workspace), Release(len(lives))]
+        events += [Release(name) for name in ending[step + 1]]
+    return tuple(events)
