@@ -4,25 +4,30 @@
     python benchmarks.py -m resnet18 -b 1 --mode train
     python benchmarks.py                              all models x batch 1 and 32 x train and eval
     python benchmarks.py --simulate                   the same, planned only: nothing is allocated
+    python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
 
 Every row plans one step of a model; where the step fits into memory, the planned and the eager step
-are run side by side and the allocator is asked for both peaks. Weights are random: no download.
+are run side by side and the allocator is asked for both peaks. The planned step runs in an arena, at
+planned addresses. Weights are random: no download.
 With --simulate, models are on the meta device, and the plan is compared with the orders that PyTorch
 Inductor chooses among (least peak memory first, breadth first, depth first). "Reserved" is what the
 CUDA caching allocator would take from the driver for two such steps, by the model of it in
-olla/measure/caching_allocator.py.
+olla/measure/caching_allocator.py. With --gpu-profile, both steps run op by op; on a GPU, "reserved" is
+measured, without one, what was recorded is replayed through that model.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -33,10 +38,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import olla
-from olla.graph.events import events_of
+from olla.graph.check import verify
+from olla.graph.events import Allocate, Event, events_of
 from olla.graph.lifetimes import peak_bytes
 from olla.measure.caching_allocator import replay
+from olla.measure.profile import MemoryProfile
 from olla.order.baselines import INDUCTOR
+from olla.place.place import pack, place
+from olla.run.arena import Arena, Clock
+from olla.run.native import load
+
+_PLACING_SECONDS = 10
 
 
 @dataclass
@@ -187,9 +199,16 @@ class Row:
     measured_eager_bytes: int | None = None
     measured_planned_bytes: int | None = None
     measured_saving: float | None = None
+    arena_bytes: int | None = None
+    fragmentation: float | None = None  # of the arena
+    placing_seconds: float | None = None
+    missed: int | None = None  # allocations of one step that are not where they were planned
+    exact: bool | None = None  # whether the measured peak is the planned one, to the byte
     eager_step_seconds: float | None = None
     planned_step_seconds: float | None = None
     time_ratio: float | None = None
+    allocation_seconds: float | None = None  # for all allocations and releases of a step, by PyTorch's allocator
+    arena_allocation_seconds: float | None = None
     error: str = field(default="")
 
 
@@ -197,7 +216,7 @@ def run_case(name: str, batch: int, mode: str, options: argparse.Namespace) -> R
     """Plan one case and, where it fits, run and measure it. Errors become part of the row."""
     row = Row(name, batch, mode)
     try:
-        (_simulate if options.simulate else _fill)(row, options)
+        (_simulate if options.simulate else _profile if options.gpu_profile else _fill)(row, options)
     except Exception as error:  # one failing model must not end the run
         row.error = f"{type(error).__name__}: {error}".replace("\n", " ")
     gc.collect()
@@ -241,6 +260,12 @@ def _simulate(row: Row, options: argparse.Namespace) -> None:
     row.reserved_planned_bytes = replay(events_of(graph, plan.order)).peak_reserved_bytes
     for name, rule in INDUCTOR.items():
         setattr(row, f"inductor_{name}_bytes", peak_bytes(graph, rule(graph)))
+    if options.generate_addresses:
+        started = time.perf_counter()
+        plan = plan.at(place(graph, plan.order, time_limit=_PLACING_SECONDS))
+        row.placing_seconds = time.perf_counter() - started
+        verify(graph, plan)
+        row.arena_bytes, row.fragmentation = plan.arena_bytes, plan.fragmentation
 
 
 def _fill(row: Row, options: argparse.Namespace) -> None:
@@ -260,6 +285,88 @@ def _fill(row: Row, options: argparse.Namespace) -> None:
     row.measured_eager_bytes, row.measured_planned_bytes = measured.baseline_peak_bytes, measured.peak_bytes
     row.measured_saving, row.time_ratio = measured.saving, measured.time_ratio
     row.eager_step_seconds, row.planned_step_seconds = measured.baseline_step_seconds, measured.step_seconds
+    row.exact, row.arena_bytes, row.fragmentation = measured.exact, step.plan.arena_bytes, step.plan.fragmentation
+    row.missed = measured.arena.missed if measured.arena else None
+    row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
+
+
+def _profile(row: Row, options: argparse.Namespace) -> None:
+    """Both steps op by op: what is allocated, and what the caching allocator reserves for it."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        workload, training = _workload(row)
+    step = olla.optimize(workload.model, workload.inputs, **training, progress=False)
+    _note(row, step.plan)
+    eager, planned = workload.call(step.profile, train=row.mode == "train")
+    row.measured_eager_bytes, row.measured_planned_bytes = eager.peak_allocated_bytes, planned.peak_allocated_bytes
+    row.reserved_eager_bytes, row.reserved_planned_bytes = _reserved(eager), _reserved(planned)
+    lives = lifetimes(planned.events)
+    offsets, row.arena_bytes, bound = pack(lives, alignment=512, time_limit=_PLACING_SECONDS)
+    row.fragmentation = 1 - bound / row.arena_bytes if row.arena_bytes else 0.0
+    if options.profile_alloc_time:
+        row.allocation_seconds, row.arena_allocation_seconds = time_allocations(planned.events, lives, offsets)
+    _write_ops(row, {"eager": eager, "planned": planned}, options.log_path.with_suffix(".ops.csv"))
+
+
+def _reserved(profile: MemoryProfile) -> int:
+    """Measured on a GPU; without one, what was recorded on the CPU is replayed through the model."""
+    return profile.peak_reserved_bytes or replay(profile.events).peak_reserved_bytes
+
+
+def lifetimes(events: Sequence[Event]) -> list[tuple[int, int, int]]:
+    """Begin, end and bytes of each allocation, in the order of allocations; time is counted in events."""
+    lives: dict[int, tuple[int, int, int]] = {}
+    for now, event in enumerate(events):
+        if isinstance(event, Allocate):
+            lives[event.name] = (now, len(events), event.size)
+        else:
+            begin, _, size = lives[event.name]
+            lives[event.name] = (begin, now, size)
+    return list(lives.values())
+
+
+def time_allocations(
+    events: Sequence[Event], lives: Sequence[tuple[int, int, int]], offsets: Sequence[int], rounds: int = 20
+) -> tuple[float, float]:
+    """Seconds for all allocations and releases of a step, by PyTorch's CPU allocator and in an arena; medians."""
+    clock = Clock()
+    sizes = [size for _, _, size in lives]
+    top = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
+    arena = Arena(load("cpu"), clock, [0] * len(sizes), sizes, offsets, top)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for in_arena in (False, True) * rounds:
+        blocks: dict[int, Tensor] = {}
+        with arena if in_arena else nullcontext():
+            clock.tell(0)
+            started = time.perf_counter()
+            for event in events:
+                if isinstance(event, Allocate):
+                    blocks[event.name] = torch.empty(event.size, dtype=torch.uint8)
+                else:
+                    del blocks[event.name]
+            seconds[in_arena].append(time.perf_counter() - started)
+            blocks.clear()
+    return statistics.median(seconds[False]), statistics.median(seconds[True])
+
+
+def _write_ops(row: Row, profiles: dict[str, MemoryProfile], path: Path) -> None:
+    """Add the ops of a case to a CSV file."""
+    import pandas
+
+    case = {"model": row.model, "batch_size": row.batch_size, "mode": row.mode}
+    lines = [
+        {**case, "order": order, "position": position, **asdict(op)}
+        for order, profile in profiles.items()
+        for position, op in enumerate(profile.ops)
+    ]
+    pandas.DataFrame(lines).to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+def _tune_malloc() -> None:
+    """As MALLOC_MMAP_MAX_=0 and a huge MALLOC_TRIM_THRESHOLD_ do: memory never goes back to the system."""
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    if not (hasattr(libc, "mallopt") and libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1)):
+        raise SystemExit("--tuned-malloc needs the malloc of glibc")
 
 
 def _available_bytes() -> int:
@@ -281,13 +388,20 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "status": lambda row: row.status or "-",
     "capture s": lambda row: _seconds(row.capture_seconds),
     "plan s": lambda row: _seconds(row.planning_seconds),
+    "arena": lambda row: _mebibytes(row.arena_bytes),
+    "fragmentation": lambda row: "-" if row.fragmentation is None else f"{row.fragmentation:.3%}",
+    "place s": lambda row: _seconds(row.placing_seconds),
     "LPMF": lambda row: _mebibytes(row.inductor_lpmf_bytes),
     "BFS": lambda row: _mebibytes(row.inductor_bfs_bytes),
     "DFS": lambda row: _mebibytes(row.inductor_dfs_bytes),
     "eager MiB, measured": lambda row: _mebibytes(row.measured_eager_bytes),
     "planned, measured": lambda row: _mebibytes(row.measured_planned_bytes),
     "saved": lambda row: "-" if row.measured_saving is None else f"{row.measured_saving:.1%}",
+    "exact": lambda row: "-" if row.exact is None else "yes" if row.exact else "no",
+    "missed": lambda row: _number(row.missed),
     "time": lambda row: "-" if row.time_ratio is None else f"{row.time_ratio:.2f} x",
+    "allocations": lambda row: _milliseconds(row.allocation_seconds),
+    "in the arena": lambda row: _milliseconds(row.arena_allocation_seconds),
     "error": lambda row: row.error[:60],
 }
 
@@ -302,6 +416,10 @@ def _mebibytes(value: int | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value * 1e3:.2f} ms"
 
 
 def show(cases: list[tuple[str, int, str]], options: argparse.Namespace) -> Iterator[Row]:
@@ -401,6 +519,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--simulate", action="store_true", help="plan only, on the meta device, and compare with PyTorch Inductor"
     )
+    parser.add_argument("--generate-addresses", action="store_true", help="with --simulate: plan addresses, too")
+    parser.add_argument(
+        "--gpu-profile",
+        action="store_true",
+        help="what is allocated and reserved, op by op (in a second file); reserved by a model, if there is no GPU",
+    )
+    parser.add_argument(
+        "--profile-alloc-time",
+        action="store_true",
+        help="with --gpu-profile: time the step's allocations and releases, by PyTorch's CPU allocator and in an arena",
+    )
+    parser.add_argument(
+        "--tuned-malloc",
+        action="store_true",
+        help="let glibc keep the memory it got, as a fast eager PyTorch does: the other half of an honest ratio",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the models and stop")
     options = parser.parse_args(arguments)
     if options.list:
@@ -411,8 +545,15 @@ def main(arguments: list[str] | None = None) -> int:
     modes = options.mode or (["train"] if options.quick else ["train", "eval"])
     if min(batches) < 1:
         parser.error("--batch-size must be positive")
-    if options.simulate and (options.execute or options.skip_simulation or options.skip_node_ordering):
-        parser.error("--simulate plans and runs nothing: it goes with no other option that says what to do")
+    measuring = options.execute or options.skip_simulation or options.skip_node_ordering or options.tuned_malloc
+    if (options.simulate or options.gpu_profile) and (measuring or (options.simulate and options.gpu_profile)):
+        parser.error("--simulate and --gpu-profile go with no other option that says what to do")
+    if (options.generate_addresses and not options.simulate) or (
+        options.profile_alloc_time and not options.gpu_profile
+    ):
+        parser.error("--generate-addresses needs --simulate, --profile-alloc-time needs --gpu-profile")
+    if options.tuned_malloc:
+        _tune_malloc()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     rows = []
     for row in show(list(product(names, batches, modes)), options):

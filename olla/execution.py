@@ -44,11 +44,11 @@ class Execution:
         self.runner = Runner(program, draft.traced)
         self.not_executed = "" if options.place else "place=False"  # why addresses are not executed
         self.arena: Arena | None = None
-        self.outside_bytes = 0  # what the step allocates outside of its arena, because it outlives the step
         self._optimizers = program.optimizers
         self._options = options
         self._device = device.type
         self._clock = Clock()
+        self._outside: list[int] = []  # sizes of what the step allocates outside of its arena
         self._warm: tuple[int, ...] | None = None
         self._reorderings = 0
         self._recordings = 0
@@ -61,6 +61,20 @@ class Execution:
         return self.arena is not None or bool(self.not_executed)
 
     @property
+    def planned_bytes(self) -> int:
+        """The peak that the statistics of the allocator will show for the step."""
+        if self.arena is None or self._device == "cpu":
+            return self.draft.plan.peak_bytes
+        # The arena is one block of CUDA's caching allocator, which counts in units.
+        unit = _ALIGNMENT[self._device]
+        return sum(-(-size // unit) * unit for size in (self.arena.arena_bytes, *self._outside))
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the step allocates outside of its arena, because it outlives the step."""
+        return sum(self._outside)
+
+    @property
     def counts(self) -> Counts | None:
         """How the allocations of the last step in the arena were answered."""
         return self.arena.counts if self.arena else None
@@ -68,10 +82,10 @@ class Execution:
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the step on the leaves of its arguments."""
         if self.not_executed:
-            return self.runner.run(leaves, self.code)
+            return self.run_anywhere(leaves)
         if self._warm is None or self._warm != _state_of(self._optimizers):
             # It will allocate what other steps find: optimizer state, say.
-            result = self.runner.run(leaves, self.code)
+            result = self.run_anywhere(leaves)
             self._warm = _state_of(self._optimizers)
             return result
         if self.arena is None:
@@ -79,6 +93,10 @@ class Execution:
         result = self.runner.run(leaves, self.code, self.arena)
         self._judge(self.arena.counts)
         return result
+
+    def run_anywhere(self, leaves: Sequence[Any]) -> Any:
+        """Run the step in its order, wherever PyTorch's allocator puts it."""
+        return self.runner.run(leaves, self.code)
 
     def close(self) -> None:
         """Give the arena back."""
@@ -91,7 +109,7 @@ class Execution:
             library = native.load(self._device)
         except native.NativeUnavailableError as error:
             self._give_up(str(error))
-            return self.runner.run(leaves, self.code)
+            return self.run_anywhere(leaves)
         seen: dict[tuple[int, int], int] = {}
         graph, order = self.draft.lowered.graph, self.draft.plan.order
 
@@ -129,7 +147,7 @@ class Execution:
             self._give_up(str(error))
             return
         self.draft = draft
-        self.outside_bytes = sum(a.size for a, at in zip(allocations, offsets, strict=True) if at == OUTSIDE)
+        self._outside = [a.size for a, offset in zip(allocations, offsets, strict=True) if offset == OUTSIDE]
 
     def _judge(self, counts: Counts) -> None:
         """Record again, and in the end give up, if steps do not go as recorded."""

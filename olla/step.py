@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from olla.execution import Execution
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
+from olla.measure.profile import MemoryProfile, profile
 from olla.planning import Options, capture, draft, with_estimated_addresses
 from olla.show.report import Report
 from olla.torch_private import flatten
@@ -30,6 +32,7 @@ __all__ = ["Step"]
 log = logging.getLogger(__name__)
 
 _RUNS_TO_SETTLE = 8  # more than it takes, whatever happens
+_WARM_UPS = 2
 
 
 @dataclass(frozen=True)
@@ -135,32 +138,64 @@ class Step:
         Parameters, buffers, optimizer state, gradients and random state are as before afterwards;
         a copy of them is held meanwhile.
         """
+        with self._undone() as again:
+            for _ in range(_RUNS_TO_SETTLE):
+                again(self, args, kwargs)()
+                if self._current.settled:
+                    break
+            execution = self._current
+            self._measurement = measure(
+                again(self, args, kwargs),
+                again(self._eager, args, kwargs),
+                device=self._device(args, kwargs),
+                planned_bytes=execution.planned_bytes,
+                arena=execution.arena,
+                outside_bytes=execution.outside_bytes,
+            )
+        return self._measurement
+
+    def profile(self, *args: Any, **kwargs: Any) -> tuple[MemoryProfile, MemoryProfile]:
+        """Memory operator by operator, of the eager and of the planned step, where PyTorch's allocator decides.
+
+        Leaves everything as it was, as :meth:`measure` does.
+
+        Raises
+        ------
+        NativeUnavailableError
+            If allocations cannot be recorded here; the message says why.
+        """
+
+        def planned(*args: Any, **kwargs: Any) -> None:
+            self._plan_for(args, kwargs).run_anywhere(flatten((args, kwargs))[0])
+
+        with self._undone() as again:
+            profiles = []
+            for function in (self._eager, planned):
+                call = again(function, args, kwargs)
+                for _ in range(_WARM_UPS):
+                    call()
+                profiles.append(profile(call, self._device(args, kwargs)))
+        eager_profile, planned_profile = profiles
+        return eager_profile, planned_profile
+
+    @contextmanager
+    def _undone(self) -> Iterator[Callable[..., Callable[[], None]]]:
+        """Gives a function that makes calls which start from the same gradients; in the end, all is as before."""
         self._program.require_unedited()
         snapshot = Snapshot(self._program)
 
-        def from_the_start(call: Callable[..., Any]) -> Callable[[], None]:
+        def again(function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], None]:
             def run() -> None:
-                call(*args, **kwargs)
+                function(*args, **kwargs)
                 snapshot.restore_gradients()
 
             return run
 
         try:
             with random_state():
-                for _ in range(_RUNS_TO_SETTLE):
-                    from_the_start(self)()
-                    if self._current.settled:
-                        break
-                measured = measure(
-                    from_the_start(self),
-                    from_the_start(self._eager),
-                    device=self._device(args, kwargs),
-                    planned_bytes=self.plan.peak_bytes,
-                )
-                self._measurement = self._with_arena(measured)
+                yield again
         finally:
             snapshot.restore()
-        return self._measurement
 
     def plan_for(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, made without allocating or preparing anything to run."""
@@ -190,19 +225,6 @@ class Step:
             self._planned.setdefault(signature, []).append(found)
         self._latest = found
         return found.execution
-
-    def _with_arena(self, measured: Measurement) -> Measurement:
-        """With what the arena holds and how the last step went in it."""
-        execution = self._current
-        if execution.arena is None or measured.reserved_bytes is not None:
-            return measured
-        reserved = execution.arena.arena_bytes + execution.outside_bytes
-        return replace(
-            measured,
-            arena=execution.counts,
-            reserved_bytes=reserved,
-            fragmentation=1 - measured.peak_bytes / reserved if reserved else None,
-        )
 
     def _require_same_devices(self, signature: Signature) -> None:
         assert self._latest is not None

@@ -12,11 +12,14 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from olla.run import native
 from olla.run.native import NativeUnavailableError
 
 HERE = Path(__file__).parent
-CUDA_HEADERS = any((path / "cuda_runtime_api.h").exists() for path in native.cuda_headers())
+TORCH = Path(torch.__file__).parent
+HAS_CUDA_BUILD = bool(torch.version.cuda) and any((path / "cuda.h").exists() for path in native.cuda_headers())
 
 
 class SanitizerTest(unittest.TestCase):
@@ -33,6 +36,36 @@ class SanitizerTest(unittest.TestCase):
 
     def test_threads(self) -> None:
         self.clean_under("thread")
+
+
+@unittest.skipUnless(HAS_CUDA_BUILD, "this build of PyTorch has no CUDA, or its headers are not there")
+class CudaTest(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def test_it_compiles_without_a_warning(self) -> None:
+        command = native.command("cuda", "g++", self.folder / "arena_cuda.so")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_in_front_of_the_real_caching_allocator_on_host_memory(self) -> None:
+        headers = [f"-isystem{path}" for path in (TORCH / "include", *native.cuda_headers())]
+        major = torch.version.cuda.split(".")[0]
+        runtime, program = self.folder / f"libcudart.so.{major}", self.folder / "arena_cuda_test"
+        versions = self.folder / "versions"
+        versions.write_text(f"{runtime.name} {{ global: *; }};")
+        link = [f"-Wl,-soname,{runtime.name}", f"-Wl,--version-script={versions}"]
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", *headers, str(HERE / "cudart_on_host.c"), "-o", str(runtime), *link], check=True
+        )
+        libraries = [f"-L{TORCH / 'lib'}", "-lc10", "-lc10_cuda", str(runtime), "-Wl,--allow-shlib-undefined"]
+        source = str(HERE / "arena_cuda_test.cpp")
+        subprocess.run(["g++", "-std=c++20", "-O1", *headers, source, "-o", str(program), *libraries], check=True)
+        search = {**os.environ, "LD_LIBRARY_PATH": f"{self.folder}:{TORCH / 'lib'}"}
+        done = subprocess.run([str(program)], env=search, capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stdout), (0, "all good\n"), done.stderr)
 
 
 class CompilationTest(unittest.TestCase):

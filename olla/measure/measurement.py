@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from olla.run.arena import Counts
+from olla.run.arena import Arena, Counts
 from olla.torch_private import cpu_allocations
 
 __all__ = ["Measurement", "measure"]
@@ -46,16 +46,30 @@ class Measurement:
         return self.peak_bytes == self.planned_bytes
 
 
-def measure(planned: Call, eager: Call, *, device: torch.device, planned_bytes: int, pairs: int = 9) -> Measurement:
+def measure(
+    planned: Call,
+    eager: Call,
+    *,
+    device: torch.device,
+    planned_bytes: int,
+    arena: Arena | None = None,
+    outside_bytes: int = 0,
+    pairs: int = 9,
+) -> Measurement:
     """Run both steps, first for memory, then in turn for time.
 
-    ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change.
+    ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change. If
+    ``planned`` runs in an ``arena``, it allocates ``outside_bytes`` beside it.
     """
     peak_of = _cuda_peak if device.type == "cuda" else _cpu_peak
     for call in (eager, planned):
         call()  # warm up: optimizer state, caches of the kernels
     baseline_peak, _ = peak_of(eager, device)
     peak, reserved = peak_of(planned, device)
+    if arena is not None:
+        if device.type == "cuda":  # one block of the caching allocator, which was there before
+            peak += arena.arena_bytes
+        reserved = arena.arena_bytes + outside_bytes
     ratios, planned_seconds, eager_seconds = [], [], []
     for _ in range(pairs):
         eager_seconds.append(_seconds(eager, device))
@@ -71,6 +85,7 @@ def measure(planned: Call, eager: Call, *, device: torch.device, planned_bytes: 
         step_seconds=statistics.median(planned_seconds),
         baseline_step_seconds=statistics.median(eager_seconds),
         time_ratio=statistics.median(ratios),
+        arena=arena.counts if arena else None,
     )
 
 

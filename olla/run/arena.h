@@ -48,8 +48,8 @@ struct Event {
 // A range of addresses and what is alive in it. `released` runs when the owner and all blocks are gone.
 class Arena {
  public:
-  Arena(char* base, size_t bytes, std::function<void()> released)
-      : base(base), bytes(bytes), released_(std::move(released)) {}
+  Arena(char* base, size_t bytes, std::function<void()> released, int64_t place = 0)
+      : base(base), bytes(bytes), place(place), released_(std::move(released)) {}
   ~Arena() { released_(); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -70,6 +70,7 @@ class Arena {
 
   char* const base;
   const size_t bytes;
+  const int64_t place;  // where it may be used, if not everywhere: a stream of a device
 
  private:
   std::map<size_t, size_t> live_;  // first byte -> byte after the last
@@ -136,9 +137,13 @@ class Registry {
   }
 
   // The planned address for an allocation of `size` bytes, or null: another allocator must answer.
-  void* replay(Session& session, size_t size) {
+  void* replay(Session& session, size_t size, int64_t place = 0) {
     const auto offset = planned(session, static_cast<int64_t>(size));
     if (!offset) return nullptr;
+    if (place != session.arena->place) {
+      ++session.counts.conflicts;
+      return nullptr;
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
     void* block = session.arena->take(static_cast<size_t>(*offset), size);
     ++(block ? session.counts.hits : session.counts.conflicts);
