@@ -349,7 +349,7 @@ def time_allocations(
 
 
 def _write_ops(row: Row, profiles: dict[str, MemoryProfile], path: Path) -> None:
-    """Add the ops of a case to a CSV file."""
+    """Add the ops of a case to the second file."""
     import pandas
 
     case = {"model": row.model, "batch_size": row.batch_size, "mode": row.mode}
@@ -555,13 +555,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tuned_malloc:
         _tune_malloc()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    ops_path = options.log_path.with_suffix(".ops.csv")
+    if options.gpu_profile and not options.append_log:
+        ops_path.unlink(missing_ok=True)
     rows = []
     for row in show(list(product(names, batches, modes)), options):
         rows.append(row)
         write_log([row], options.log_path, append=options.append_log or len(rows) > 1)
     if options.simulate:
         print(summary(rows))
-    print(f"The figures are in {options.log_path}.")
+    also = f", those of each operator in {ops_path}" if options.gpu_profile else ""
+    print(f"The figures are in {options.log_path}{also}.")
     return 0 if any(not row.error for row in rows) else 1
 
 

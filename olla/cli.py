@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     plan = commands.add_parser("plan", help="find an order that needs little memory, and prove how little")
     plan.add_argument("graph", type=Path, metavar="GRAPH.json", help="a graph in the format of docs/graphs.md")
+    plan.add_argument("--place", action="store_true", help="plan addresses in one arena, too")
+    plan.add_argument("--alignment", type=int, default=64, metavar="BYTES", help="of addresses; default %(default)s")
     plan.add_argument("--out", type=Path, metavar="PLAN.json", help="write the plan, with the order, here")
     plan.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="default %(default)s")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of a summary")
@@ -64,6 +66,11 @@ def _plan(options: argparse.Namespace) -> int:
     graph = Graph.load(options.graph)
     with stage(f"ordering {len(graph.ops):,} ops", None):
         plan = Plan.of(graph, schedule(graph, time_limit=options.time_limit))
+    if options.place:
+        from olla.place.place import place
+
+        with stage("placing", None):
+            plan = plan.at(place(graph, plan.order, alignment=options.alignment, time_limit=options.time_limit))
     verify(graph, plan)
     if options.out:
         plan.save(options.out)
@@ -73,6 +80,10 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"program order  {plan.baseline_peak_bytes:>20,} bytes")
     print(f"planned        {plan.peak_bytes:>20,} bytes  ({plan.saving:.1%} less, {plan.method}, {plan.seconds:.2f} s)")
     print(f"lower bound    {plan.lower_bound_bytes:>20,} bytes  ({plan.status}, gap {plan.gap:.4%})")
+    if plan.arena_bytes is not None:
+        print(
+            f"arena          {plan.arena_bytes:>20,} bytes  ({plan.fragmentation:.4%} fragmentation, without outputs)"
+        )
     print(f"persistent     {plan.persistent_bytes:>20,} bytes  (not part of the above)")
     return 0
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from olla.capture.lower import tensors_of
 from olla.capture.program import Program
-from olla.errors import ExecutionError
+from olla.errors import OllaError
 from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
 from olla.run import native
 from olla.run.arena import Arena, Clock, Counts, Recorder
@@ -126,15 +126,16 @@ class Execution:
         return result
 
     def _learn(self, recording: Recording, library: Any) -> None:
-        draft = with_workspaces(self.draft, recording, self._options)
-        if draft.plan.order != self.draft.plan.order and self._reorderings < _REORDERINGS:
-            self._reorderings += 1
-            self.draft = draft
-            self.code = self._emit()
-            return
-        draft, offsets = with_addresses(draft, recording, self._options, _ALIGNMENT[self._device])
-        allocations = recording.allocations
+        """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
         try:
+            draft = with_workspaces(self.draft, recording, self._options)
+            if draft.plan.order != self.draft.plan.order and self._reorderings < _REORDERINGS:
+                self._reorderings += 1
+                self.draft = draft
+                self.code = self._emit()
+                return
+            draft, offsets = with_addresses(draft, recording, self._options, _ALIGNMENT[self._device])
+            allocations = recording.allocations
             self.arena = Arena(
                 library,
                 self._clock,
@@ -143,7 +144,7 @@ class Execution:
                 offsets=offsets,
                 arena_bytes=draft.plan.arena_bytes or 0,
             )
-        except ExecutionError as error:
+        except OllaError as error:  # never the end of somebody's training
             self._give_up(str(error))
             return
         self.draft = draft

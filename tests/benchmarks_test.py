@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -40,6 +43,9 @@ class BenchmarksTest(unittest.TestCase):
         self.assertEqual(list(zip(log.model, log.batch_size, log["mode"], strict=True)), cases)
         self.assertTrue((log.measured_planned_bytes <= log.measured_eager_bytes).all())
         self.assertTrue((log.measured_planned_bytes > 0).all())
+        self.assertTrue(log.exact.all())
+        self.assertTrue((log.missed == 0).all())
+        self.assertTrue((log.fragmentation < 0.01).all())
         self.assertIn("tiny", text)
 
     def test_a_failing_model_is_a_row_with_its_error(self) -> None:
@@ -76,6 +82,40 @@ class BenchmarksTest(unittest.TestCase):
         for order in ("eager", "planned"):
             self.assertTrue((log[f"reserved_{order}_bytes"] >= log[f"simulated_{order}_bytes"]).all())
             self.assertRegex(text, rf"fragmentation: .*{order} \d+\.\d% \(median\), \d+\.\d% \(worst\)")
+
+    def test_simulated_rows_can_have_addresses(self) -> None:
+        _, log, _ = self.run_with("-m", "tiny", "-b", "8", "--simulate", "--generate-addresses")
+        self.assertGreater(log.arena_bytes[0], 0)  # in training; the inference makes nothing but its output
+        self.assertTrue((log.placing_seconds > 0).all())
+        self.assertTrue((log.fragmentation < 0.05).all())
+
+    def test_a_profile_has_every_operator_of_both_steps(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name) / "log.csv"
+        arguments = ["-m", "tiny", "-b", "8", "--mode", "train", "--gpu-profile", "--profile-alloc-time"]
+        with mock.patch.dict(benchmarks.MODELS, tiny=tiny), contextlib.redirect_stdout(io.StringIO()):
+            for _ in range(2):  # the second run replaces the files of the first
+                self.assertEqual(benchmarks.main([*arguments, "--log-path", str(path)]), 0)
+        log, ops = pandas.read_csv(path), pandas.read_csv(path.with_suffix(".ops.csv"))
+        self.assertEqual(set(ops.order), {"eager", "planned"})
+        self.assertEqual((ops.position == 0).sum(), 2)
+        for order in ("eager", "planned"):
+            peak = ops[ops.order == order].allocated_bytes.max()
+            self.assertEqual(peak, log[f"measured_{order}_bytes"][0])
+            self.assertGreaterEqual(log[f"reserved_{order}_bytes"][0], peak)
+        self.assertTrue((log.allocation_seconds > 0).all() and (log.arena_allocation_seconds > 0).all())
+
+    @unittest.skipUnless(hasattr(ctypes.CDLL(None), "mallopt"), "needs the malloc of glibc")
+    def test_malloc_can_be_tuned(self) -> None:
+        script = "import benchmarks; benchmarks._tune_malloc()"  # for good, so in a process of its own
+        subprocess.run([sys.executable, "-c", script], cwd=Path(benchmarks.__file__).parent, check=True)
+
+    def test_options_that_need_others_say_so(self) -> None:
+        for option in ("--generate-addresses", "--profile-alloc-time"):
+            with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
+                self.run_with("-m", "tiny", option)
+            self.assertIn(f"{option} needs", error.getvalue())
 
     def test_simulating_and_running_exclude_each_other(self) -> None:
         with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):

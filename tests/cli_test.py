@@ -44,6 +44,14 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(sorted(offsets), [0, 3] if offsets[0] == 0 else [0, 4])
         self.assertTrue(picture.read_bytes().startswith(b"\x89PNG"))
 
+    def test_a_plan_can_have_addresses(self) -> None:
+        status, text, _ = self.run_main("plan", self.graph, "--place", "--alignment", 1, "--out", self.plan)
+        self.assertEqual(status, 0)
+        self.assertIn("0.0000% of it fragmentation", text)
+        self.assertIsNotNone(olla.Plan.load(self.plan).offsets)
+        self.assertEqual(self.run_main("check", self.graph, self.plan)[0], 0)
+        self.assertEqual(self.run_main("plan", self.graph, "--place", "--alignment", 0)[0], 2)
+
     def test_place_says_what_does_not_fit_and_what_is_wrong(self) -> None:
         table = self.folder / "in.csv"
         table.write_text("id,lower,upper,size\na,0,2,3\nb,1,3,4\n")

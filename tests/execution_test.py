@@ -140,6 +140,17 @@ class ExecutionTest(EagerTestCase):
             self.assert_same(step(x, targets=y), loss.detach(), "loss")
         self.assertEqual((step._current.counts.missed, step._current.counts.escapes), (0, 0))
 
+    def test_a_profile_shows_both_steps_op_by_op_and_leaves_all_as_it_was(self) -> None:
+        step, (x, y) = self.training()
+        before = copy.deepcopy(self.model.state_dict())
+        measured = step.measure(x, targets=y)  # settles the plan
+        eager, planned = step.profile(x, targets=y)
+        self.assert_same(self.model.state_dict(), before, "model.state_dict()")
+        self.assertEqual(len(self.optimizer.state), 0)
+        self.assertEqual(eager.peak_allocated_bytes, measured.baseline_peak_bytes)
+        self.assertEqual(planned.peak_allocated_bytes, measured.peak_bytes)
+        self.assertGreater(len(planned.ops), 20)
+
     def test_results_that_are_kept_stay_as_they_are(self) -> None:
         step, x = self.inference()
         with torch.no_grad():

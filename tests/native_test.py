@@ -137,3 +137,10 @@ class CompilationTest(unittest.TestCase):
             self.assertRaisesRegex(NativeUnavailableError, "not supported on win32"),
         ):
             native.load.__wrapped__("cpu")
+        with self.assertRaisesRegex(NativeUnavailableError, "not supported on mps"):
+            native.load.__wrapped__("mps")
+
+    def test_two_libraries_in_one_process_share_nothing(self) -> None:
+        symbols = subprocess.run(["nm", "-DC", native._compiled("cpu")], capture_output=True, text=True, check=True)
+        self.assertIn(" T olla_install", symbols.stdout)
+        self.assertNotRegex(symbols.stdout, " [uVW] .*olla::Registry")

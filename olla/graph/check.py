@@ -31,7 +31,7 @@ class ViolationKind(Enum):
     WRONG_BASELINE = "the baseline is not what program order needs"
     WRONG_PERSISTENT = "the persistent bytes are not those of the graph"
     BOUND_ABOVE_PEAK = "the lower bound exceeds the peak that is reached"
-    WRONG_OFFSETS = "there is not one offset for each life of each storage that ends with the step"
+    WRONG_OFFSETS = "there is not one offset for each life of each storage"
     WRONG_WORKSPACES = "a workspace has no place in the arena"
     OUTSIDE_ARENA = "a storage or a workspace leaves the arena"
     OVERLAP = "storages or workspaces that are alive together share bytes"
@@ -175,11 +175,10 @@ def _addresses(graph: Graph, plan: Plan) -> Iterator[Violation]:
         return
     blocks: list[_Block] = []
     for life, offset in zip(lives, plan.offsets, strict=True):
-        name, size = _storage(graph, life.storage), graph.storages[life.storage].size
         if offset is not None:
-            blocks.append(_Block(name, life.start, life.end, offset, offset + size, made_at=life.start))
-        elif size and life.storage not in graph.outputs:
-            yield Violation(ViolationKind.WRONG_OFFSETS, f"{name} is outside of the arena, but no output")
+            top = offset + graph.storages[life.storage].size
+            name = _storage(graph, life.storage)
+            blocks.append(_Block(name, life.start, life.end, offset, top, made_at=life.start))
     yield from _workspaces(graph, plan, blocks)
     top = max((block.high for block in blocks), default=0)
     for block in blocks:

@@ -63,7 +63,7 @@ class Workspace(NamedTuple):
 class Addresses:
     """Where everything that a step allocates is in its arena."""
 
-    # For every life in ``live_intervals(graph, order)``. None: outside, because it outlives the step.
+    # For every life in ``live_intervals(graph, order)``. None: outside, because it outlives the step, or is elsewhere.
     offsets: tuple[int | None, ...]
     workspaces: tuple[Workspace, ...]
     arena_bytes: int

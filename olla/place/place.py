@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from olla.errors import InvalidBuffersError
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import live_intervals
 from olla.graph.plan import Addresses, Workspace
@@ -46,6 +47,8 @@ def pack(
     intervals: Sequence[tuple[int, int, int]], *, alignment: int, time_limit: float
 ) -> tuple[tuple[int, ...], int, int]:
     """Offsets for (start, end, bytes), the bytes that the arena needs, and the most that are alive at once."""
+    if alignment < 1:
+        raise InvalidBuffersError(f"the alignment is {alignment}: it must be at least 1")
     # Of full units, so that what is placed upon another block is aligned without a thought.
     padded = [Buffer(start, end, -(-size // alignment) * alignment) for start, end, size in intervals]
     offsets = allocate(padded, alignment=alignment, time_limit=time_limit).offsets

@@ -25,7 +25,9 @@
 #include <utility>
 #include <vector>
 
+// Everything is internal: two libraries in one process, for two devices, must not share a registry.
 namespace olla {
+namespace {
 
 // How the allocations of one step were answered. The order is that of `Counts` in arena.py.
 struct Counts {
@@ -227,6 +229,7 @@ class Registry {
   std::atomic<int64_t> foreign_{0};
 };
 
+}  // namespace
 }  // namespace olla
 
 // ---------------------------------------------------------------------------------- the C interface

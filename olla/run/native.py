@@ -60,6 +60,8 @@ def load(device: str) -> ctypes.PyDLL:
     """
     if sys.platform != "linux":
         raise NativeUnavailableError(f"arenas are not supported on {sys.platform}, only on Linux")
+    if device not in ("cpu", "cuda"):
+        raise NativeUnavailableError(f"arenas are not supported on {device}, only on cpu and cuda")
     # PyDLL: calls are shorter than giving up the interpreter lock and taking it again.
     library = ctypes.PyDLL(str(_compiled(device)))
     library.olla_new_arena.argtypes, library.olla_new_arena.restype = [ctypes.c_size_t], ctypes.c_void_p
