@@ -81,9 +81,8 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"planned        {plan.peak_bytes:>20,} bytes  ({plan.saving:.1%} less, {plan.method}, {plan.seconds:.2f} s)")
     print(f"lower bound    {plan.lower_bound_bytes:>20,} bytes  ({plan.status}, gap {plan.gap:.4%})")
     if plan.arena_bytes is not None:
-        print(
-            f"arena          {plan.arena_bytes:>20,} bytes  ({plan.fragmentation:.4%} fragmentation, without outputs)"
-        )
+        wasted = f"{plan.fragmentation:.4%} of it fragmentation"
+        print(f"arena          {plan.arena_bytes:>20,} bytes  ({wasted}; outputs are outside)")
     print(f"persistent     {plan.persistent_bytes:>20,} bytes  (not part of the above)")
     return 0
 
