@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 import olla
 from olla.graph.check import verify
-from olla.graph.events import Allocate, Event, events_of
+from olla.graph.events import Allocate, Event, events_of, lifetimes_of
 from olla.graph.lifetimes import peak_bytes
 from olla.measure.caching_allocator import replay
 from olla.measure.profile import MemoryProfile
@@ -299,7 +299,7 @@ def _profile(row: Row, options: argparse.Namespace) -> None:
     eager, planned = workload.call(step.profile, train=row.mode == "train")
     row.measured_eager_bytes, row.measured_planned_bytes = eager.peak_allocated_bytes, planned.peak_allocated_bytes
     row.reserved_eager_bytes, row.reserved_planned_bytes = _reserved(eager), _reserved(planned)
-    lives = lifetimes(planned.events)
+    lives = lifetimes_of(planned.events)
     offsets, row.arena_bytes, bound = pack(lives, alignment=512, time_limit=_PLACING_SECONDS)
     row.fragmentation = 1 - bound / row.arena_bytes if row.arena_bytes else 0.0
     if options.profile_alloc_time:
@@ -310,18 +310,6 @@ def _profile(row: Row, options: argparse.Namespace) -> None:
 def _reserved(profile: MemoryProfile) -> int:
     """Measured on a GPU; without one, what was recorded on the CPU is replayed through the model."""
     return profile.peak_reserved_bytes or replay(profile.events).peak_reserved_bytes
-
-
-def lifetimes(events: Sequence[Event]) -> list[tuple[int, int, int]]:
-    """Begin, end and bytes of each allocation, in the order of allocations; time is counted in events."""
-    lives: dict[int, tuple[int, int, int]] = {}
-    for now, event in enumerate(events):
-        if isinstance(event, Allocate):
-            lives[event.name] = (now, len(events), event.size)
-        else:
-            begin, _, size = lives[event.name]
-            lives[event.name] = (begin, now, size)
-    return list(lives.values())
 
 
 def time_allocations(

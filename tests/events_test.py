@@ -7,7 +7,7 @@ from graphs import diamond, graphs
 from hypothesis import given
 
 from olla import Graph, Op, Storage
-from olla.graph.events import Allocate, Release, events_of
+from olla.graph.events import Allocate, Release, events_of, lifetimes_of
 from olla.graph.lifetimes import peak_bytes
 
 
@@ -22,6 +22,10 @@ class EventsTest(unittest.TestCase):
     def test_a_workspace_lives_within_its_op_beside_what_the_op_creates(self) -> None:
         graph = Graph((Op("convolve", creates=(0,), workspace=7),), (Storage("image", 4),))
         self.assertEqual(events_of(graph, [0]), (Allocate(0, 4), Allocate(1, 7), Release(1), Release(0)))
+
+    def test_lifetimes_are_counted_in_events_and_a_name_may_come_again(self) -> None:
+        events = (Allocate(7, 4), Allocate(8, 2), Release(7), Allocate(7, 3), Release(8))
+        self.assertEqual(lifetimes_of(events), [(0, 2, 4), (1, 4, 2), (3, 5, 3)])
 
     def test_outputs_are_not_released_and_persistent_storages_not_allocated(self) -> None:
         graph = Graph(

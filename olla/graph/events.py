@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import live_intervals
 
-__all__ = ["Allocate", "Event", "Release", "events_of"]
+__all__ = ["Allocate", "Event", "Release", "events_of", "lifetimes_of"]
 
 
 class Allocate(NamedTuple):
@@ -50,3 +50,17 @@ def events_of(graph: Graph, order: Sequence[int]) -> tuple[Event, ...]:
             events += [Allocate(len(lives), graph.ops[index].workspace), Release(len(lives))]
         events += [Release(name) for name in ending[step + 1]]
     return tuple(events)
+
+
+def lifetimes_of(events: Sequence[Event]) -> list[tuple[int, int, int]]:
+    """(start, end, bytes) of each allocation, in their order; half-open, counted in events."""
+    open_: dict[int, int] = {}
+    lives: list[tuple[int, int, int]] = []
+    for now, event in enumerate(events):
+        if isinstance(event, Allocate):
+            open_[event.name] = len(lives)
+            lives.append((now, len(events), event.size))
+        else:
+            index = open_.pop(event.name)
+            lives[index] = (lives[index][0], now, lives[index][2])
+    return lives

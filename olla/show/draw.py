@@ -28,21 +28,21 @@ def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) 
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lengths = [buffer.upper - buffer.lower for buffer in buffers]
+    name, unit = ("MiB", 2**20) if placement.arena_bytes >= 2**20 else ("bytes", 1)
     axes.bar(
         [buffer.lower for buffer in buffers],
-        [buffer.size for buffer in buffers],
-        lengths,
-        placement.offsets,
+        [buffer.size / unit for buffer in buffers],
+        [buffer.upper - buffer.lower for buffer in buffers],
+        [offset / unit for offset in placement.offsets],
         align="edge",
         color=[f"C{index % 10}" for index in range(len(buffers))],
         edgecolor="white",
         linewidth=0.3,
     )
-    axes.axhline(placement.lower_bound_bytes, color="black", linestyle=":", linewidth=1, label="lower bound")
-    axes.set(xlabel="time", ylabel="address, bytes", ylim=0)
+    axes.axhline(placement.lower_bound_bytes / unit, color="black", linestyle=":", linewidth=1, label="lower bound")
+    axes.set(xlabel="time", ylabel=f"address, {name}", ylim=0)
     axes.set_title(f"{len(buffers):,} buffers in {placement.arena_bytes:,} bytes", loc="left", fontsize=10)
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path, dpi=110)
