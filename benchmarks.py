@@ -41,12 +41,11 @@ import olla
 from olla.graph.check import verify
 from olla.graph.events import Allocate, Event, events_of, lifetimes_of
 from olla.graph.lifetimes import peak_bytes
-from olla.measure.caching_allocator import replay
+from olla.measure import caching_allocator
 from olla.measure.profile import MemoryProfile
 from olla.order.baselines import INDUCTOR
 from olla.place.place import pack, place
-from olla.run.arena import Arena, Clock
-from olla.run.native import load
+from olla.run.arena import Arena, Clock, Replay
 
 _PLACING_SECONDS = 10
 
@@ -256,8 +255,8 @@ def _simulate(row: Row, options: argparse.Namespace) -> None:
     plan = olla.Plan.of(graph, olla.schedule(graph))
     _note(row, plan)
     _note_simulated(row, plan)
-    row.reserved_eager_bytes = replay(events_of(graph, range(len(graph.ops)))).peak_reserved_bytes
-    row.reserved_planned_bytes = replay(events_of(graph, plan.order)).peak_reserved_bytes
+    row.reserved_eager_bytes = caching_allocator.replay(events_of(graph, range(len(graph.ops)))).peak_reserved_bytes
+    row.reserved_planned_bytes = caching_allocator.replay(events_of(graph, plan.order)).peak_reserved_bytes
     for name, rule in INDUCTOR.items():
         setattr(row, f"inductor_{name}_bytes", peak_bytes(graph, rule(graph)))
     if options.generate_addresses:
@@ -309,7 +308,7 @@ def _profile(row: Row, options: argparse.Namespace) -> None:
 
 def _reserved(profile: MemoryProfile) -> int:
     """Measured on a GPU; without one, what was recorded on the CPU is replayed through the model."""
-    return profile.peak_reserved_bytes or replay(profile.events).peak_reserved_bytes
+    return profile.peak_reserved_bytes or caching_allocator.replay(profile.events).peak_reserved_bytes
 
 
 def time_allocations(
@@ -319,11 +318,12 @@ def time_allocations(
     clock = Clock()
     sizes = [size for _, _, size in lives]
     top = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
-    arena = Arena(load("cpu"), clock, [0] * len(sizes), sizes, offsets, top)
+    arena = Arena("cpu")
+    replay = Replay(arena, clock, positions=[0] * len(sizes), sizes=sizes, offsets=offsets, arena_bytes=top)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for in_arena in (False, True) * rounds:
         blocks: dict[int, Tensor] = {}
-        with arena if in_arena else nullcontext():
+        with replay if in_arena else nullcontext():
             clock.tell(0)
             started = time.perf_counter()
             for event in events:
@@ -333,6 +333,7 @@ def time_allocations(
                     del blocks[event.name]
             seconds[in_arena].append(time.perf_counter() - started)
             blocks.clear()
+    arena.close()
     return statistics.median(seconds[False]), statistics.median(seconds[True])
 
 

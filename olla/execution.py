@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
@@ -20,9 +19,9 @@ from olla.capture.lower import tensors_of
 from olla.capture.program import Program
 from olla.errors import OllaError
 from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
-from olla.run import native
-from olla.run.arena import Arena, Clock, Counts, Recorder
+from olla.run.arena import Arena, Clock, Counts, Recorder, Replay
 from olla.run.emit import Watch, emit
+from olla.run.native import NativeUnavailableError
 from olla.run.recording import Recording
 from olla.run.runner import Runner
 
@@ -30,23 +29,25 @@ __all__ = ["Execution"]
 
 log = logging.getLogger(__name__)
 
-_ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes; that of PyTorch's allocators
 _REORDERINGS = 2  # after recordings
 _PATIENCE = 3  # steps in a row with misses, before a step is recorded again
 _RECORDINGS_AGAIN = 2  # before its addresses are given up
 
 
 class Execution:
-    """One captured and planned step, and how far it has got with its addresses."""
+    """One captured and planned step, and how far it has got with its addresses.
 
-    def __init__(self, program: Program, draft: Draft, options: Options, device: torch.device) -> None:
+    It shares the ``arena`` with other executions of one owner, which run one after the other.
+    """
+
+    def __init__(self, program: Program, draft: Draft, options: Options, arena: Arena) -> None:
         self.draft = draft
         self.runner = Runner(program, draft.traced)
         self.not_executed = "" if options.place else "place=False"  # why addresses are not executed
-        self.arena: Arena | None = None
+        self.arena = arena
+        self.replay: Replay | None = None
         self._optimizers = program.optimizers
         self._options = options
-        self._device = device.type
         self._clock = Clock()
         self._outside: list[int] = []  # sizes of what the step allocates outside of its arena
         self._warm: tuple[int, ...] | None = None
@@ -58,26 +59,21 @@ class Execution:
     @property
     def settled(self) -> bool:
         """Whether the plan will not change any more, as things are."""
-        return self.arena is not None or bool(self.not_executed)
+        return self.replay is not None or bool(self.not_executed)
 
     @property
     def planned_bytes(self) -> int:
         """The peak that the statistics of the allocator will show for the step."""
-        if self.arena is None or self._device == "cpu":
+        if self.replay is None or self.arena.device == "cpu":
             return self.draft.plan.peak_bytes
         # The arena is one block of CUDA's caching allocator, which counts in units.
-        unit = _ALIGNMENT[self._device]
+        unit = self.arena.alignment
         return sum(-(-size // unit) * unit for size in (self.arena.arena_bytes, *self._outside))
 
     @property
     def outside_bytes(self) -> int:
         """What the step allocates outside of its arena, because it outlives the step."""
         return sum(self._outside)
-
-    @property
-    def counts(self) -> Counts | None:
-        """How the allocations of the last step in the arena were answered."""
-        return self.arena.counts if self.arena else None
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the step on the leaves of its arguments."""
@@ -88,67 +84,65 @@ class Execution:
             result = self.run_anywhere(leaves)
             self._warm = _state_of(self._optimizers)
             return result
-        if self.arena is None:
+        replay = self.replay
+        if replay is None:
             return self._record(leaves)
-        result = self.runner.run(leaves, self.code, self.arena)
-        self._judge(self.arena.counts)
+        result = self.runner.run(leaves, self.code, replay)
+        self._judge(replay.counts)
         return result
 
     def run_anywhere(self, leaves: Sequence[Any]) -> Any:
         """Run the step in its order, wherever PyTorch's allocator puts it."""
         return self.runner.run(leaves, self.code)
 
-    def close(self) -> None:
-        """Give the arena back."""
-        if self.arena is not None:
-            self.arena.close()
-        self.arena, self.not_executed = None, "the step was closed"
-
     def _record(self, leaves: Sequence[Any]) -> Any:
         try:
-            library = native.load(self._device)
-        except native.NativeUnavailableError as error:
+            library = self.arena.library
+        except NativeUnavailableError as error:
             self._give_up(str(error))
             return self.run_anywhere(leaves)
         seen: dict[tuple[int, int], int] = {}
         graph, order = self.draft.lowered.graph, self.draft.plan.order
 
         def look(position: int, value: object) -> None:
-            op = order[position]
+            op, tensors = order[position], tensors_of(value)
             storages = self.draft.lowered.results[self.draft.lowered.nodes[op]]
-            for storage, tensor in zip(storages, tensors_of(value), strict=True):
+            if len(storages) != len(tensors):
+                return  # it returned None where a tensor was expected: its address stays unknown
+            for storage, tensor in zip(storages, tensors, strict=True):
                 if storage in graph.ops[op].creates:
                     seen[position, storage] = tensor.untyped_storage().data_ptr()
 
         recorder = Recorder(library, self._clock)
         result = self.runner.run(leaves, self._emit(look), recorder)
-        self._learn(Recording.of(recorder.events, seen), library)
-        return result
-
-    def _learn(self, recording: Recording, library: Any) -> None:
-        """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
         try:
-            draft = with_workspaces(self.draft, recording, self._options)
-            if draft.plan.order != self.draft.plan.order and self._reorderings < _REORDERINGS:
-                self._reorderings += 1
-                self.draft = draft
-                self.code = self._emit()
-                return
-            draft, offsets = with_addresses(draft, recording, self._options, _ALIGNMENT[self._device])
-            allocations = recording.allocations
-            self.arena = Arena(
-                library,
-                self._clock,
-                positions=[allocation.position for allocation in allocations],
-                sizes=[allocation.size for allocation in allocations],
-                offsets=offsets,
-                arena_bytes=draft.plan.arena_bytes or 0,
-            )
+            self._learn(Recording.of(recorder.events, seen))
         except OllaError as error:  # never the end of somebody's training
             self._give_up(str(error))
+        return result
+
+    def _learn(self, recording: Recording) -> None:
+        """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
+        reorder = self._reorderings < _REORDERINGS
+        draft = with_workspaces(self.draft, recording, self._options, reorder=reorder)
+        if draft.plan.order != self.draft.plan.order:
+            self._reorderings += 1
+            self.draft = draft
+            self.code = self._emit()
             return
+        draft, offsets = with_addresses(draft, recording, self._options, self.arena.alignment)
+        assert draft.plan.arena_bytes is not None
+        self.arena.reserve(draft.plan.arena_bytes)
+        self.replay = Replay(
+            self.arena,
+            self._clock,
+            positions=[allocation.position for allocation in recording.allocations],
+            sizes=[allocation.size for allocation in recording.allocations],
+            offsets=offsets,
+            arena_bytes=draft.plan.arena_bytes,
+        )
         self.draft = draft
-        self._outside = [a.size for a, offset in zip(allocations, offsets, strict=True) if offset == OUTSIDE]
+        self._outside = [a.size for a, at in zip(recording.allocations, offsets, strict=True) if at == OUTSIDE]
 
     def _judge(self, counts: Counts) -> None:
         """Record again, and in the end give up, if steps do not go as recorded."""
@@ -158,9 +152,8 @@ class Execution:
         self._bad_steps = 0
         self._recordings += 1
         log.warning("%d allocations of the step miss their planned addresses: recording it again", counts.missed)
-        if self.arena is not None:
-            self.arena.close()
-        self.arena = None
+        self.replay = None
+        self.arena.close()  # whatever is in the way there is left behind
         if self._recordings > _RECORDINGS_AGAIN:
             self._give_up("its allocations are not the same in every step")
 

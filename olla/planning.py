@@ -71,8 +71,8 @@ def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
     return replace(drafted, plan=plan)
 
 
-def with_workspaces(drafted: Draft, recording: Recording, options: Options) -> Draft:
-    """The draft with the workspaces that its ops really hold, ordered anew if that makes another order better."""
+def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
+    """The draft with the workspaces that its ops really hold, in another order if that is better, and allowed."""
     graph, order = drafted.lowered.graph, drafted.plan.order
     workspaces = [0] * len(graph.ops)
     for position, (index, live) in enumerate(zip(order, memory_profile(graph, order), strict=True)):
@@ -82,7 +82,7 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options) -> D
     graph = replace(graph, ops=ops)
     found = _ordered(graph, options)
     peak = peak_bytes(graph, order)
-    if peak <= found.peak_bytes:
+    if peak <= found.peak_bytes or not reorder:
         found = replace(found, order=order, peak_bytes=peak, method=drafted.plan.method)
     plan = Plan.of(graph, replace(found, seconds=found.seconds + drafted.plan.seconds))
     verify(graph, plan)

@@ -24,6 +24,7 @@ from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
 from olla.measure.profile import MemoryProfile, profile
 from olla.planning import Options, capture, draft, with_estimated_addresses
+from olla.run.arena import Arena
 from olla.show.report import Report
 from olla.torch_private import flatten
 
@@ -65,6 +66,7 @@ class Step:
         self._planned: dict[Signature, list[_Planned]] = {}
         self._latest: _Planned | None = None
         self._measurement: Measurement | None = None
+        self._arena = Arena("cpu")  # until the device is known
         self._running = threading.Lock()
         self._closed = False
 
@@ -91,8 +93,7 @@ class Step:
     def close(self) -> None:
         """Give the memory of the step back. It cannot run again; what it returned stays valid."""
         self._closed = True
-        for planned in (planned for known in self._planned.values() for planned in known):
-            planned.execution.close()
+        self._arena.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +150,7 @@ class Step:
                 again(self._eager, args, kwargs),
                 device=self._device(args, kwargs),
                 planned_bytes=execution.planned_bytes,
-                arena=execution.arena,
+                replay=execution.replay,
                 outside_bytes=execution.outside_bytes,
             )
         return self._measurement
@@ -220,7 +221,9 @@ class Step:
                 log.warning("planning again for %s", signature.difference(self._latest.signature))
             drafted = draft(self._program, args, kwargs, self._options)
             signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
-            execution = Execution(self._program, drafted, self._options, self._device(args, kwargs))
+            if self._latest is None:
+                self._arena = Arena(self._device(args, kwargs).type)
+            execution = Execution(self._program, drafted, self._options, self._arena)
             found = _Planned(signature, execution)
             self._planned.setdefault(signature, []).append(found)
         self._latest = found

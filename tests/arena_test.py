@@ -10,8 +10,7 @@ import unittest
 import torch
 
 from olla import ExecutionError
-from olla.run.arena import Arena, Clock, Counts, Recorder
-from olla.run.native import load
+from olla.run.arena import Arena, Clock, Counts, Recorder, Replay
 from olla.torch_private import cpu_allocations
 
 
@@ -20,10 +19,12 @@ class ArenaTest(unittest.TestCase):
 
     def setUp(self) -> None:
         self.clock = Clock()
-        self.library = load("cpu")
+        self.arena = Arena("cpu")
 
-    def arena(self, offsets: tuple[int, int, int] = (0, 256, 384), arena_bytes: int = 448) -> Arena:
-        return Arena(self.library, self.clock, [0, 1, 1], [256, 128, 64], offsets, arena_bytes)
+    def replay(self, offsets: tuple[int, int, int] = (0, 256, 384), arena_bytes: int = 448) -> Replay:
+        return Replay(
+            self.arena, self.clock, positions=[0, 1, 1], sizes=[256, 128, 64], offsets=offsets, arena_bytes=arena_bytes
+        )
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.clock.tell(0)
@@ -34,7 +35,7 @@ class ArenaTest(unittest.TestCase):
         return first, second
 
     def test_a_recording_has_every_allocation_in_its_op(self) -> None:
-        recorder = Recorder(self.library, self.clock)
+        recorder = Recorder(self.arena.library, self.clock)
         with recorder:
             first, second = self.step()
             addresses = [first.data_ptr(), second.data_ptr()]
@@ -45,101 +46,108 @@ class ArenaTest(unittest.TestCase):
         self.assertEqual(sorted(index for index, _, size, _ in recorder.events if size < 0), [0, 1, 2])
 
     def test_tensors_are_at_their_offsets(self) -> None:
-        arena = self.arena()
-        with arena:
+        replay = self.replay()
+        with replay:
             first, second = self.step()
-            self.assertEqual((first.data_ptr(), second.data_ptr()), (arena.base, arena.base + 256))
+            self.assertEqual((first.data_ptr(), second.data_ptr()), (self.arena.base, self.arena.base + 256))
             self.assertEqual(first.tolist(), list(range(64)))
             del first, second
-        self.assertEqual(arena.counts, Counts(hits=3))
+        self.assertEqual(replay.counts, Counts(hits=3))
 
     def test_outside_of_a_session_nothing_is_in_the_arena(self) -> None:
-        arena = self.arena()
-        with arena:
+        replay = self.replay()
+        with replay:
             pass
         first, second = self.step()
         for tensor in (first, second):
-            self.assertFalse(arena.base <= tensor.data_ptr() < arena.base + arena.arena_bytes)
-        self.assertEqual(arena.counts, Counts())
+            self.assertFalse(self.arena.base <= tensor.data_ptr() < self.arena.base + self.arena.arena_bytes)
+        self.assertEqual(replay.counts, Counts())
 
     def test_what_is_planned_to_be_outside_is_outside(self) -> None:
-        arena = self.arena((0, -1, 256), 320)
-        with arena:
+        replay = self.replay((0, -1, 256), 320)
+        with replay:
             _, second = self.step()
-        self.assertFalse(arena.base <= second.data_ptr() < arena.base + 320)
-        self.assertEqual(arena.counts.outside, 1)
+        self.assertFalse(self.arena.base <= second.data_ptr() < self.arena.base + 320)
+        self.assertEqual(replay.counts.outside, 1)
 
     def test_a_tensor_that_is_kept_is_never_overwritten(self) -> None:
-        arena = self.arena((0, 0, 128), 256)
-        with arena:
+        replay = self.replay((0, 0, 128), 256)
+        with replay:
             first, second = self.step()
             second.fill_(255)
         self.assertEqual(first.tolist(), list(range(64)))
-        self.assertEqual((arena.counts.conflicts, arena.counts.escapes), (2, 1))
+        self.assertEqual((replay.counts.conflicts, replay.counts.escapes), (2, 1))
 
     def test_other_sizes_are_missed_and_work(self) -> None:
-        arena = self.arena()
-        with arena:
+        replay = self.replay()
+        with replay:
             self.clock.tell(0)
             other = torch.ones(100, dtype=torch.uint8)
             first, second = self.step()
-            self.assertEqual(first.data_ptr(), arena.base)
+            self.assertEqual(first.data_ptr(), self.arena.base)
             del first, second
         self.assertEqual(int(other.sum()), 100)
-        self.assertEqual((arena.counts.sizes, arena.counts.hits), (1, 3))
+        self.assertEqual((replay.counts.sizes, replay.counts.hits), (1, 3))
 
     def test_the_profiler_sees_the_blocks_of_an_arena(self) -> None:
-        arena = self.arena()
+        replay = self.replay()
 
         def run() -> None:
-            with arena:
+            with replay:
                 self.step()
 
         self.assertEqual(cpu_allocations(run)[:4], [256, 128, 64, -64])
         self.assertEqual(sum(cpu_allocations(run)), 0)
 
     def test_tensors_outlive_a_closed_arena_and_a_collected_one(self) -> None:
-        for close in (True, False):
-            arena = self.arena()
-            with arena:
-                first, _ = self.step()
-            if close:
-                arena.close()
-                with self.assertRaises(ExecutionError), arena:
-                    pass
-            del arena
-            gc.collect()
-            self.assertEqual(first.tolist(), list(range(64)))
+        replay = self.replay()
+        with replay:
+            first, _ = self.step()
+        self.arena.close()
+        self.assertEqual(self.arena.arena_bytes, 0)
+        self.assertEqual(first.tolist(), list(range(64)))
+        with replay:  # reserves it again
+            second, _ = self.step()
+        del replay, self.arena
+        gc.collect()
+        self.assertEqual((first + second).tolist(), list(range(0, 128, 2)))
+
+    def test_steps_that_take_turns_share_an_arena_that_grows_to_the_largest(self) -> None:
+        small, large = self.replay(), self.replay((1024, 0, 512), 1280)
+        for replay, arena_bytes in ((small, 448), (large, 1280), (small, 1280), (large, 1280)):
+            with replay:
+                self.step()
+            self.assertEqual((replay.counts.hits, self.arena.arena_bytes), (3, arena_bytes))
 
     def test_views_resizes_and_numpy_work_on_blocks_of_an_arena(self) -> None:
-        arena = self.arena()
-        with arena:
+        replay = self.replay()
+        with replay:
             first, _ = self.step()
         view = first[10:]
         del first
         view.resize_(1000).fill_(1)
         self.assertEqual(float(view.sum()), 1000)
-        with arena:
+        with replay:
             array = self.step()[0].numpy()
         self.assertEqual(array.tolist(), list(range(64)))
 
     def test_another_thread_allocates_as_always_and_may_release_blocks(self) -> None:
-        arena = self.arena()
+        replay = self.replay()
         kept = []
-        with arena:
+        with replay:
             kept.append(self.step()[0])
             thread = threading.Thread(target=lambda: (torch.ones(256, dtype=torch.uint8), kept.clear()))
             thread.start()
             thread.join()
-        self.assertEqual((arena.counts.escapes, arena.counts.foreign > 0), (0, True))
+        self.assertEqual((replay.counts.escapes, replay.counts.foreign > 0), (0, True))
 
     def test_no_memory_for_an_arena(self) -> None:
-        with self.assertRaisesRegex(ExecutionError, "no memory for an arena of"):
-            self.arena(arena_bytes=2**60)
+        with self.assertRaisesRegex(ExecutionError, "no memory for an arena of"), self.replay(arena_bytes=2**60):
+            pass
 
     def test_a_child_process_may_go_on_with_the_step(self) -> None:
-        arena = self.arena()
-        with arena:
+        replay = self.replay()
+        with replay:
             first, second = self.step()
             child = os.fork()
             if child == 0:  # its memory is a copy

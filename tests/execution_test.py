@@ -85,7 +85,7 @@ class ExecutionTest(EagerTestCase):
         execution = self.settle(step, x, targets=y)
         for _ in range(20):
             step(x, targets=y)
-            counts = execution.counts
+            counts = execution.replay.counts
             self.assertEqual((counts.sizes, counts.conflicts, counts.escapes, counts.outside), (0, 0, 0, 1))
             self.assertGreater(counts.hits, 50)
 
@@ -108,7 +108,7 @@ class ExecutionTest(EagerTestCase):
 
         execution.code = execution._emit(look)
         step(x, targets=y)
-        self.assertEqual(execution.counts.missed, 0)
+        self.assertEqual(execution.replay.counts.missed, 0)
         inside = {life: offset for life, offset in planned.items() if offset is not None}
         self.assertGreater(len(inside), 20)
         self.assertEqual(inside, {life: found[life] for life in inside})
@@ -138,7 +138,7 @@ class ExecutionTest(EagerTestCase):
             loss.backward()
             optimizer.step()
             self.assert_same(step(x, targets=y), loss.detach(), "loss")
-        self.assertEqual((step._current.counts.missed, step._current.counts.escapes), (0, 0))
+        self.assertEqual((step._current.replay.counts.missed, step._current.replay.counts.escapes), (0, 0))
 
     def test_a_profile_shows_both_steps_op_by_op_and_leaves_all_as_it_was(self) -> None:
         step, (x, y) = self.training()
@@ -158,7 +158,7 @@ class ExecutionTest(EagerTestCase):
             kept = [step(i) for i in inputs]
             for result, i in zip(kept, inputs, strict=True):
                 self.assert_same(result, step(i), "result")
-        self.assertEqual(step._current.counts.missed, 0)
+        self.assertEqual(step._current.replay.counts.missed, 0)
 
     def test_gradients_left_to_the_user_are_outside(self) -> None:
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
@@ -171,14 +171,14 @@ class ExecutionTest(EagerTestCase):
             kept.append([parameter.grad for parameter in model.parameters()])
         for gradients in kept:
             self.assert_same(gradients, kept[0], "gradients")
-        self.assertEqual(step._current.counts.missed, 0)
+        self.assertEqual(step._current.replay.counts.missed, 0)
 
     def test_without_placing(self) -> None:
         step, (x, y) = self.training(place=False)
         for _ in range(3):
             step(x, targets=y)
         self.assertIsNone(step.plan.offsets)
-        self.assertIsNone(step._current.arena)
+        self.assertIsNone(step._current.replay)
         self.assertNotIn("self.op(", step.code)
         self.assertIn("not executed: place=False", str(step.report()))
 
@@ -198,7 +198,7 @@ class ExecutionTest(EagerTestCase):
         step, x = self.inference(Troubled())
         expected = step(x)
         execution = self.settle(step, x)
-        first = execution.arena
+        first = execution.replay
         TROUBLE["extra"] = 4096
         with self.assertLogs("olla", "WARNING") as logs:
             for _ in range(3):
@@ -206,9 +206,9 @@ class ExecutionTest(EagerTestCase):
                 self.assertEqual(first.counts.sizes, 1)
         self.assertIn("recording it again", logs.output[0])
         self.settle(step, x)
-        self.assertIsNot(execution.arena, first)
+        self.assertIsNot(execution.replay, first)
         self.assert_same(step(x), expected, "result")
-        self.assertEqual(execution.counts.missed, 0)
+        self.assertEqual(execution.replay.counts.missed, 0)
 
     def test_a_step_that_never_allocates_the_same_is_given_up_and_stays_right(self) -> None:
         self.addCleanup(TROUBLE.update, extra=0)
@@ -233,7 +233,7 @@ class ExecutionTest(EagerTestCase):
                     step(x)
             else:
                 self.assert_same(step(x), expected, "result")
-                self.assertEqual(execution.counts.missed, 0)
+                self.assertEqual(execution.replay.counts.missed, 0)
 
     def test_an_exception_while_recording_is_no_recording(self) -> None:
         self.addCleanup(TROUBLE.update, fail=False)
@@ -245,7 +245,7 @@ class ExecutionTest(EagerTestCase):
         TROUBLE["fail"] = False
         self.settle(step, x)
         self.assert_same(step(x), expected, "result")
-        self.assertEqual(step._current.counts.missed, 0)
+        self.assertEqual(step._current.replay.counts.missed, 0)
 
     def test_optimizer_state_that_was_dropped_is_not_made_in_the_arena(self) -> None:
         step, (x, y) = self.training()
@@ -254,16 +254,17 @@ class ExecutionTest(EagerTestCase):
             self.optimizer.state.clear()
             for _ in range(3):
                 step(x, targets=y)
-            self.assertEqual((execution.counts.missed, execution.counts.escapes), (0, 0))
+            self.assertEqual((execution.replay.counts.missed, execution.replay.counts.escapes), (0, 0))
 
     def test_a_closed_step_gives_its_memory_back_and_runs_no_more(self) -> None:
         step, x = self.inference()
         with step as entered:
             self.assertIs(entered, step)
             execution = self.settle(step, x)
-            result, arena = step(x), execution.arena
+            result = step(x)
             expected = result.clone()
-        self.assertFalse(arena.close.alive)
+            self.assertGreater(execution.arena.arena_bytes, 0)
+        self.assertEqual(execution.arena.arena_bytes, 0)
         self.assert_same(result, expected, "result")
         with self.assertRaisesRegex(olla.ExecutionError, "was closed"):
             step(x)
@@ -273,7 +274,8 @@ class ExecutionTest(EagerTestCase):
         x = torch.randn(8, 16)
         step = olla.optimize(nn.Linear(16, 16).eval(), x)
         arena = self.settle(step, x).arena
-        finalizer, gone = arena.close, weakref.ref(arena)
+        finalizer, gone = arena._drop, weakref.ref(arena)
+        self.assertTrue(finalizer.alive)
         del step, arena
         gc.collect()
         self.assertIsNone(gone())
@@ -288,7 +290,7 @@ class ExecutionTest(EagerTestCase):
         for _ in range(3):
             other(images, targets=labels)
             self.assert_same(one(x), expected, "result")
-            self.assertEqual((one._current.counts.missed, other._current.counts.missed), (0, 0))
+            self.assertEqual((one._current.replay.counts.missed, other._current.replay.counts.missed), (0, 0))
 
     def test_a_step_inside_of_another_step(self) -> None:
         inner, x = self.inference()
@@ -308,7 +310,7 @@ class ExecutionTest(EagerTestCase):
         self.assertGreater(len(results), 3)
         for result in results:
             self.assert_same(result, expected, "result")
-        self.assertEqual((inner._current.counts.missed, outer._current.counts.missed), (0, 0))
+        self.assertEqual((inner._current.replay.counts.missed, outer._current.replay.counts.missed), (0, 0))
 
     def test_steps_in_worker_threads(self) -> None:
         steps = [self.inference() for _ in range(3)]
@@ -320,7 +322,7 @@ class ExecutionTest(EagerTestCase):
             for _ in range(30):
                 if not torch.equal(step(x), expected[number]):
                     failures.append(f"step {number}")
-            if step._current.counts.missed:
+            if step._current.replay.counts.missed:
                 failures.append(f"step {number} missed")
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
@@ -338,21 +340,21 @@ class ExecutionTest(EagerTestCase):
         expected = step(x)
         child = os.fork()
         if child == 0:
-            same = torch.equal(step(x), expected) and step._current.counts.missed == 0
+            same = torch.equal(step(x), expected) and step._current.replay.counts.missed == 0
             os._exit(0 if same else 1)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0)
         self.assert_same(step(x), expected, "result")
 
-    def test_every_signature_has_an_arena_of_its_own(self) -> None:
+    def test_all_signatures_share_one_arena(self) -> None:
         step, x = self.inference()
         wide = torch.randn(32, 16)
-        with self.assertLogs("olla", "WARNING"):
-            for _ in range(4):
-                step(x)
-                step(wide)
-        arenas = [planned.execution.arena for known in step._planned.values() for planned in known]
-        self.assertEqual(len({arena.base for arena in arenas}), 2)
-        self.assertGreater(arenas[1].arena_bytes, arenas[0].arena_bytes)
+        expected = [step(x), step(wide)]
+        for _ in range(4):
+            self.assert_same([step(x), step(wide)], expected, "results")
+        small, large = (planned.execution for known in step._planned.values() for planned in known)
+        self.assertGreater(large.draft.plan.arena_bytes, small.draft.plan.arena_bytes)
+        self.assertEqual(large.draft.plan.arena_bytes, step._arena.arena_bytes)
+        self.assertEqual((small.replay.counts.missed, large.replay.counts.missed), (0, 0))
 
     def test_accumulated_gradients(self) -> None:
         model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from olla.run.arena import Arena, Counts
+from olla.run.arena import Counts, Replay
 from olla.torch_private import cpu_allocations
 
 __all__ = ["Measurement", "measure"]
@@ -52,24 +52,24 @@ def measure(
     *,
     device: torch.device,
     planned_bytes: int,
-    arena: Arena | None = None,
+    replay: Replay | None = None,
     outside_bytes: int = 0,
     pairs: int = 9,
 ) -> Measurement:
     """Run both steps, first for memory, then in turn for time.
 
     ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change. If
-    ``planned`` runs in an ``arena``, it allocates ``outside_bytes`` beside it.
+    ``planned`` is a ``replay`` in an arena, it allocates ``outside_bytes`` beside it.
     """
     peak_of = _cuda_peak if device.type == "cuda" else _cpu_peak
     for call in (eager, planned):
         call()  # warm up: optimizer state, caches of the kernels
     baseline_peak, _ = peak_of(eager, device)
     peak, reserved = peak_of(planned, device)
-    if arena is not None:
-        if device.type == "cuda":  # one block of the caching allocator, which was there before
-            peak += arena.arena_bytes
-        reserved = arena.arena_bytes + outside_bytes
+    if replay is not None:
+        if device.type == "cuda":  # the arena is one block of the caching allocator, and was there before
+            peak += replay.arena.arena_bytes
+        reserved = replay.arena.arena_bytes + outside_bytes
     ratios, planned_seconds, eager_seconds = [], [], []
     for _ in range(pairs):
         eager_seconds.append(_seconds(eager, device))
@@ -85,7 +85,7 @@ def measure(
         step_seconds=statistics.median(planned_seconds),
         baseline_step_seconds=statistics.median(eager_seconds),
         time_ratio=statistics.median(ratios),
-        arena=arena.counts if arena else None,
+        arena=replay.counts if replay else None,
     )
 
 

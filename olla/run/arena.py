@@ -19,7 +19,7 @@ import numpy as np
 from olla.errors import ExecutionError
 from olla.run import native
 
-__all__ = ["Arena", "Clock", "Counts", "Recorder"]
+__all__ = ["Arena", "Clock", "Counts", "Recorder", "Replay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,37 +93,85 @@ class Recorder(_Session):
         self.events = [(event.id, event.position, event.size, event.address) for event in events]
 
 
-class Arena(_Session):
-    """One block of memory, and which allocation of which op is where in it.
+class Arena:
+    """One block of memory, for steps that run one after the other.
 
-    The memory is given back when the arena is closed or collected and nothing in it is alive.
+    It grows to what the largest of them needs. Blocks that are alive in it keep the memory that they
+    are in, whatever happens to the arena.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device  # "cpu", "cuda"
+        self.alignment = 512 if device == "cuda" else 64  # bytes; that of PyTorch's allocators
+        self.arena_bytes = 0
+        self._handle: int | None = None
+        self._drop: weakref.finalize[[int], Arena] | None = None
+
+    @property
+    def library(self) -> ctypes.PyDLL:
+        """The C++ side; see :func:`olla.run.native.load`."""
+        return native.load(self.device)
+
+    @property
+    def handle(self) -> int:
+        """What the C++ side knows it by."""
+        assert self._handle, "memory was reserved"
+        return self._handle
+
+    @property
+    def base(self) -> int:
+        """The address of its first byte."""
+        return int(self.library.olla_arena_base(self.handle))
+
+    def reserve(self, arena_bytes: int) -> None:
+        """See to it that there is so much memory.
+
+        Raises
+        ------
+        ExecutionError
+            If there is not.
+        """
+        if self._handle and arena_bytes <= self.arena_bytes:
+            return
+        self.close()
+        self._handle = self.library.olla_new_arena(arena_bytes)
+        if not self._handle:
+            raise ExecutionError(f"there is no memory for an arena of {arena_bytes:,} bytes")
+        self.arena_bytes = arena_bytes
+        self._drop = weakref.finalize(self, self.library.olla_drop_arena, self._handle)
+
+    def close(self) -> None:
+        """Give the memory back; it can be reserved again."""
+        if self._drop:
+            self._drop()
+        self._handle, self._drop, self.arena_bytes = None, None, 0
+
+
+class Replay(_Session):
+    """Answers the allocations of one step in an arena: which allocation of which op is where.
 
     Parameters
     ----------
-    library, clock
-        See :func:`olla.run.native.load`; the clock must be that of the code that runs.
+    arena, clock
+        Where, and how far the code that runs has got. ``arena_bytes`` are reserved when it is entered.
     positions, sizes, offsets
         The allocations of the step in order of time: the position of their op in the order of ops,
-        and bytes. An offset of -1 stands for outside of the arena.
-    arena_bytes
-        The size of the block.
-
-    Raises
-    ------
-    ExecutionError
-        If there is not so much memory.
+        bytes, and the offset in the arena; -1 stands for outside.
     """
 
     def __init__(
         self,
-        library: ctypes.PyDLL,
+        arena: Arena,
         clock: Clock,
+        *,
         positions: Sequence[int],
         sizes: Sequence[int],
         offsets: Sequence[int],
         arena_bytes: int,
     ) -> None:
-        super().__init__(library, clock)
+        super().__init__(arena.library, clock)
+        self.arena = arena
+        self.arena_bytes = arena_bytes
         order = np.argsort(positions, kind="stable")
         count = 1 + max(positions, default=-1)
         start = np.searchsorted(np.array(positions, np.int64)[order], np.arange(count + 1))
@@ -131,17 +179,11 @@ class Arena(_Session):
         self._arrays = [np.array(a, np.int64) for a in (start, np.array(sizes)[order], np.array(offsets)[order])]
         pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in self._arrays]
         self._slots = native.Slots(count, *pointers)
-        self._arena = library.olla_new_arena(arena_bytes)
-        if not self._arena:
-            raise ExecutionError(f"there is no memory for an arena of {arena_bytes:,} bytes")
-        self.base = int(library.olla_arena_base(self._arena))
-        self.arena_bytes = arena_bytes
-        self.close = weakref.finalize(self, library.olla_drop_arena, self._arena)
 
     def _begin(self) -> int:
-        if not self.close.alive:
-            raise ExecutionError("the arena is closed")
-        return int(self._library.olla_begin_replay(self._clock.pointer, self._arena, ctypes.byref(self._slots)))
+        self.arena.reserve(self.arena_bytes)
+        slots = ctypes.byref(self._slots)
+        return int(self._library.olla_begin_replay(self._clock.pointer, self.arena.handle, slots))
 
     def _ended(self, events: Sequence[native.Event]) -> None:
         """A replay records nothing."""

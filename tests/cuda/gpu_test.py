@@ -36,7 +36,7 @@ class GpuTest(unittest.TestCase):
         for _ in range(5):
             step(self.x, targets=self.y)
         self.assertEqual(step._current.not_executed, "")
-        self.assertIsNotNone(step._current.arena)
+        self.assertIsNotNone(step._current.replay)
         return step
 
     def test_steps_equal_eager_bit_by_bit(self) -> None:
@@ -56,7 +56,7 @@ class GpuTest(unittest.TestCase):
         step = self.settled()
         for _ in range(20):
             step(self.x, targets=self.y)
-            counts = step._current.counts
+            counts = step._current.replay.counts
             self.assertEqual((counts.missed, counts.escapes), (0, 0))
             self.assertGreater(counts.hits, 20)
 
@@ -85,7 +85,7 @@ class GpuTest(unittest.TestCase):
         torch.cuda.current_stream().wait_stream(stream)
         for result in found:
             self.assertTrue(torch.equal(result, expected))
-        self.assertEqual(net._current.counts.missed, 0)
+        self.assertEqual(net._current.replay.counts.missed, 0)
 
     def test_the_arena_is_given_back(self) -> None:
         step = self.settled()
