@@ -127,9 +127,9 @@ class _Search:
             target = lowest if lowest == self.bound else (lowest + self.top) // 2
 
     def _improve(self) -> None:
-        """Lower the best placement, then mend first fits: each for half of the time that is left, at most."""
-        self._try(lowered(self._problem, self.offsets, self._others), self._half_of_the_rest)
+        """Mend first fits, then lower the best placement: each for half of the time that is left, at most."""
         self._try(mended_fits(self._problem, self._others), self._half_of_the_rest)
+        self._try(lowered(self._problem, self.offsets, self._others), self._half_of_the_rest)
 
     @property
     def _half_of_the_rest(self) -> float:
