@@ -18,7 +18,8 @@ from olla.place.problem import Integers, Problem
 
 __all__ = ["first_fits", "mended_fits"]
 
-_ROUNDS = ((9, 8), (4, 16), (2, 32))  # so many of the best orders are mended so many times
+_ROUNDS = ((10, 8), (4, 16), (2, 32))  # so many of the best orders are mended so many times
+_FIRST = 1e9  # what is multiplied by it decides, and the rest only where that is equal
 _CHUNK = 2**27  # placed buffers looked at, at most, between two looks at the clock
 
 Numbers = npt.NDArray[np.float64]
@@ -63,8 +64,9 @@ def _preferences(problem: Problem) -> dict[str, Numbers]:
         "size and lifetime": size + 0.5 * lifetime,
         "load and lifetime": 100 * load + lifetime,
         "load": 100 * load + size,
+        "load, then size": _FIRST * load + size,
         "area": size + lifetime,
-        "lifetime": 100 * lifetime + size,
+        "lifetime, then size": _FIRST * lifetime + size,
         "begin": -problem.first + size / 100,
     }
 
