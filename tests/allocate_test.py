@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unittest
-from itertools import permutations
+from bisect import bisect_left
+from itertools import chain, islice, permutations
 
 import numpy as np
 from graphs import settings  # sets the profile
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from olla import Buffer, InfeasibleError, InvalidBuffersError, Placement, allocate
 from olla.place.allocate import _luby
-from olla.place.greedy import first_fits
+from olla.place.tiles import empty_tiles, insert, lowest_free, neighbours, remove
+from olla.place.eject import lowered
+from olla.place.greedy import first_fits, mended_fits
 from olla.place.problem import Problem
 from olla.place.search import INFEASIBLE, SOLVED, search
 
@@ -45,6 +48,30 @@ def conflicts(buffers: list[Buffer], placement: Placement) -> list[str]:
     return found
 
 
+def overlapping(buffers: list[Buffer], placement: Placement) -> bool:
+    """Do two buffers share a byte? Walks through time with the sorted list of the live ones."""
+    places = [(at, at + b.size) for b, at in zip(buffers, placement.offsets, strict=True)]
+    events = [(b.upper, 0, place) for b, place in zip(buffers, places, strict=True)]
+    events += [(b.lower, 1, place) for b, place in zip(buffers, places, strict=True)]
+    alive: list[tuple[int, int]] = []
+    for _, begins, place in sorted(events):
+        k = bisect_left(alive, place)
+        if not begins:
+            alive.pop(k)
+            continue
+        if (k > 0 and alive[k - 1][1] > place[0]) or (k < len(alive) and alive[k][0] < place[1]):
+            return True
+        alive.insert(k, place)
+    return False
+
+
+def stream(count: int, longest: int) -> list[Buffer]:
+    """One buffer after another, all of uniformly drawn sizes and lifetimes: no first fit places them well."""
+    draw = np.random.default_rng(0)
+    lives, sizes = draw.integers(1, longest, count), draw.integers(1, 2**20, count)
+    return [Buffer(t, t + int(life), int(size)) for t, (life, size) in enumerate(zip(lives, sizes, strict=True))]
+
+
 def optimum(buffers: list[Buffer]) -> int:
     """The smallest arena: some order, each buffer at the lowest free offset, is a best placement."""
     solid = [buffer for buffer in buffers if buffer.size]
@@ -73,9 +100,47 @@ class AllocateTest(unittest.TestCase):
     @given(buffers())
     def test_every_first_fit_is_sound(self, given: list[Buffer]) -> None:
         solid = [buffer for buffer in given if buffer.size]
-        for method, offsets in first_fits(Problem.of(solid)):
+        problem = Problem.of(solid)
+        for method, offsets in filter(None, first_fits(problem)):
             top = int((offsets + [buffer.size for buffer in solid]).max(initial=0))
             self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
+
+    @given(buffers(most=20))
+    def test_every_mended_fit_and_every_lowered_placement_is_sound(self, given: list[Buffer]) -> None:
+        solid = [Buffer(0, 1, 1), *(buffer for buffer in given if buffer.size and buffer.offset is None)]
+        problem = Problem.of(solid)
+        _, worst = max(filter(None, first_fits(problem)), key=lambda found: (found[1] + problem.sizes).max())
+        random = np.random.default_rng(0)
+        tries = islice(filter(None, chain(lowered(problem, worst, random), mended_fits(problem, random))), 40)
+        for method, offsets in tries:
+            top = int((offsets + problem.sizes).max())
+            self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
+
+    @given(buffers(most=20))
+    def test_the_tiles_agrees_with_a_look_at_all_buffers(self, given: list[Buffer]) -> None:
+        solid = [buffer for buffer in given if buffer.size and buffer.offset is None]
+        tiles = empty_tiles(Problem.of(solid))
+        placed: dict[int, int] = {}
+        for index in [*range(len(solid)), *range(0, len(solid), 3)]:
+            if index in placed:  # the second time
+                remove(tiles, index)
+                del placed[index]
+            one = solid[index]
+            around = {i: at for i, at in placed.items() if solid[i].lower < one.upper and one.lower < solid[i].upper}
+            self.assertEqual(sorted(neighbours(tiles, index)), sorted(around))
+            at = 0
+            while any(at < begin + solid[i].size and begin < at + one.size for i, begin in around.items()):
+                at += one.alignment
+            self.assertEqual(lowest_free(tiles, index), at)
+            insert(tiles, index, at)
+            placed[index] = at
+
+    def test_what_is_fixed_stays_where_it_is(self) -> None:
+        draw = np.random.default_rng(3)
+        given = [Buffer(i, i + int(draw.integers(1, 30)), int(draw.integers(1, 99))) for i in range(300)]
+        given += [Buffer(0, 200, 10, offset=400), Buffer(100, 330, 64, alignment=64, offset=128)]
+        placement = allocate(given, time_limit=2)
+        self.assertEqual(conflicts(given, placement), [])
 
     @settings(max_examples=200)
     @given(buffers(most=5), st.integers(-2, 2))
@@ -151,10 +216,10 @@ class AllocateTest(unittest.TestCase):
         self.assertEqual([_luby(i) for i in range(1, 16)], [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8])
 
     def test_a_tight_instance_is_solved(self) -> None:
-        # Cut a square of 24 x 24 by random guillotine cuts: no byte may be wasted, and first fits waste some.
+        # Cut a square of 36 x 36 by random guillotine cuts: no byte may be wasted, and first fits waste some.
         draw = np.random.default_rng(1)
-        pieces = [(0, 24, 0, 24)]
-        while len(pieces) < 40:
+        pieces = [(0, 36, 0, 36)]
+        while len(pieces) < 60:
             left, right, low, high = pieces.pop(int(np.argmax([(b - a) * (d - c) for a, b, c, d in pieces])))
             if right - left > high - low:
                 cut = int(draw.integers(left + 1, right))
@@ -164,8 +229,24 @@ class AllocateTest(unittest.TestCase):
                 pieces += [(left, right, low, cut), (left, right, cut, high)]
         square = [Buffer(left, right, high - low) for left, right, low, high in pieces]
         problem = Problem.of(square)
-        first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in first_fits(problem))
-        self.assertGreater(first_fit, 24)
+        first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in filter(None, first_fits(problem)))
+        self.assertGreater(first_fit, 36)
         placement = allocate(square)
         self.assertEqual(conflicts(square, placement), [])
-        self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes, placement.method), (24, 24, "search"))
+        self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes, placement.method), (36, 36, "search"))
+
+    def test_a_large_placement_is_close_to_the_load(self) -> None:
+        given = stream(20_000, longest=80)
+        problem = Problem.of(given)
+        first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in filter(None, first_fits(problem)))
+        self.assertGreater(first_fit, 1.003 * problem.bound)
+        placement = allocate(given, time_limit=30)
+        self.assertFalse(overlapping(given, placement))
+        self.assertLessEqual(placement.gap, 0.003)
+
+    def test_time_ends_the_improvement_of_a_large_placement(self) -> None:
+        given = stream(10_000, longest=5_000)
+        placement = allocate(given, time_limit=1)
+        self.assertFalse(overlapping(given, placement))
+        self.assertEqual(placement.status, "feasible")
+        self.assertLess(placement.seconds, 10)

@@ -1,9 +1,9 @@
-"""Buffers to placement: many first fits, then a search for lower capacities."""
+"""Buffers to placement: many first fits, ejections, then a search for lower capacities."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +12,14 @@ import numpy.typing as npt
 from olla.errors import InfeasibleError, InvalidBuffersError
 from olla.graph.plan import Placement
 from olla.place.buffers import Buffer
-from olla.place.greedy import first_fits
+from olla.place.eject import lowered
+from olla.place.greedy import first_fits, mended_fits
 from olla.place.problem import Integers, Problem
 from olla.place.search import INFEASIBLE, SOLVED, search
 
 __all__ = ["allocate"]
 
-_SEARCHED = 3_000  # buffers; above, only first fits are tried
+_SEARCHED = 3_000  # buffers; above, first fits and ejections take turns until time is over
 _NODES = 1_000  # of the first searches; some later ones get more, see _luby,
 _WORK = 20_000_000  # but not more than this, divided by the number of buffers: a second or two
 _RESTARTS = 60  # searches for one capacity, before another one is tried
@@ -92,7 +93,7 @@ class _Search:
         self._problem = problem
         self._capacity = capacity
         self._deadline = deadline
-        self._random = np.random.default_rng(0)
+        self._random, self._others = (np.random.default_rng(seed) for seed in (0, 1))
         self.bound = problem.bound
         self.offsets: Integers = np.zeros(len(problem.sizes), np.int64)
         self.top = _UNKNOWN if len(problem.sizes) else 0
@@ -106,12 +107,12 @@ class _Search:
         return self.top <= max(capacity, self.bound) or self.bound > capacity or time.perf_counter() > self._deadline
 
     def run(self) -> None:
-        """Try first fits, then search, until the bound or the capacity is met or time is over."""
-        for method, offsets in first_fits(self._problem):
-            if self._ended:
-                return
-            self._keep(method, offsets)
+        """Try first fits, improve them, then search, until the bound or the capacity is met or time is over."""
+        self._try(first_fits(self._problem), self._deadline)
+        self._improve()
         if len(self._problem.sizes) > _SEARCHED:
+            while not self._ended:
+                self._improve()
             return
         self._blame = np.zeros(len(self._problem.load), np.int64)
         restarts, lowest = _RESTARTS, self.bound  # below `lowest`, it was tried in vain
@@ -124,6 +125,24 @@ class _Search:
             if lowest >= self.top:
                 lowest, restarts = self.bound, restarts * 4
             target = lowest if lowest == self.bound else (lowest + self.top) // 2
+
+    def _improve(self) -> None:
+        """Mend first fits, then lower the best placement: each for half of the time that is left, at most."""
+        self._try(mended_fits(self._problem, self._others), self._half_of_the_rest)
+        self._try(lowered(self._problem, self.offsets, self._others), self._half_of_the_rest)
+
+    @property
+    def _half_of_the_rest(self) -> float:
+        return (time.perf_counter() + self._deadline) / 2
+
+    def _try(self, tries: Iterator[tuple[str, Integers] | None], until: float) -> None:
+        """Keep the best of the tries until some time."""
+        while not self._ended and (self.top == _UNKNOWN or time.perf_counter() < until):
+            found = next(tries, ())
+            if found == ():
+                return
+            if found:
+                self._keep(*found)
 
     def _reach(self, target: int, restarts: int) -> bool:
         """Look for a placement within ``target``."""

@@ -1,57 +1,89 @@
-"""First fit: one buffer after another, each at the lowest offset that is free for its whole life."""
+"""First fit: one buffer after another, each at the lowest offset that is free for its whole life.
+
+Everything depends on the order. Several are tried, and then each is mended: what ended above the load
+comes earlier next time, and so on (squeaky wheel optimization: Joslin and Clements, *Journal of
+Artificial Intelligence Research* 10, 1999).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
+from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free
 from olla.place.problem import Integers, Problem
 
-__all__ = ["first_fits"]
+__all__ = ["first_fits", "mended_fits"]
+
+_ROUNDS = ((10, 8), (4, 16), (2, 32))  # so many of the best orders are mended so many times
+_FIRST = 1e9  # what is multiplied by it decides, and the rest only where that is equal
+_CHUNK = 2**27  # placed buffers looked at, at most, between two looks at the clock
+
+Numbers = npt.NDArray[np.float64]
 
 
-def first_fits(problem: Problem) -> Iterator[tuple[str, Integers]]:
-    """Offsets, and how they were found: first fit in several orders, what is fixed first."""
-    lifetime = problem.last - problem.first + 1
-    keys = {
-        "size": (problem.sizes, lifetime),
-        "area": (problem.sizes * lifetime.astype(np.float64), problem.sizes),
-        "lifetime": (lifetime, problem.sizes),
-        "load": (problem.largest(problem.load), problem.sizes),
-        "begin": (-problem.first, problem.sizes),
+def first_fits(problem: Problem) -> Iterator[tuple[str, Integers] | None]:
+    """First fit in several orders: how, and the offsets; None now and then, to look at the clock."""
+    for name, preference in _preferences(problem).items():
+        for offsets in _first_fit(problem, preference):
+            yield None if offsets is None else (f"first fit by {name}", offsets)
+
+
+def mended_fits(problem: Problem, random: np.random.Generator) -> Iterator[tuple[str, Integers] | None]:
+    """The same, again and again: what ends above the bound is preferred by a factor of about e next time."""
+    bound = problem.bound
+    chains = [(0, name, preference) for name, preference in _preferences(problem).items()]
+    for kept, times in _ROUNDS:
+        chains = sorted(chains, key=lambda chain: chain[0])[:kept]
+        for index, (_, name, preference) in enumerate(chains):
+            lowest = 2**62
+            for _ in range(times):
+                for offsets in _first_fit(problem, preference):
+                    if offsets is None:
+                        yield None
+                        continue
+                    yield f"mended first fit by {name}", offsets
+                    tops = offsets + problem.sizes
+                    lowest = min(lowest, int(tops.max()))
+                    preference = preference + (tops > bound) * random.uniform(0.5, 1.5, len(tops))
+            chains[index] = (lowest, name, preference)
+
+
+def _preferences(problem: Problem) -> dict[str, Numbers]:
+    """How early each buffer comes: logarithms of products of size, lifetime and load."""
+    size = np.log(problem.sizes)
+    lifetime = np.log(problem.last - problem.first + 1)
+    load = np.log(problem.largest(problem.load))
+    return {
+        "size": size,
+        "size and load": size + 8 * load,
+        "size, load and lifetime": size + 8 * load + 0.2 * lifetime,
+        "size and lifetime": size + 0.5 * lifetime,
+        "load and lifetime": 100 * load + lifetime,
+        "load": 100 * load + size,
+        "load, then size": _FIRST * load + size,
+        "area": size + lifetime,
+        "lifetime, then size": _FIRST * lifetime + size,
+        "begin": -problem.first + size / 100,
     }
-    for name, (key, then) in keys.items():
-        order = np.lexsort((-then, -key, problem.fixed < 0))
-        chosen = problem.ordered(order)
-        offsets = np.empty(len(order), np.int64)
-        offsets[order] = _first_fit(chosen.first, chosen.last, chosen.sizes, chosen.alignment, chosen.fixed)
-        yield f"first fit by {name}", offsets
+
+
+def _first_fit(problem: Problem, preference: Numbers) -> Iterator[Integers | None]:
+    """The offsets, after what is fixed; first None after each piece of the work."""
+    order = np.lexsort((-preference, problem.fixed < 0))
+    tiles = empty_tiles(problem)
+    step = 1 + _CHUNK // max(1, len(order))
+    for begin in range(0, len(order), step):
+        if begin:
+            yield None
+        _place(tiles, order[begin : begin + step])
+    yield tiles.offsets
 
 
 @njit(cache=True)
-def _first_fit(first: Integers, last: Integers, sizes: Integers, alignment: Integers, fixed: Integers) -> Integers:
-    count = len(sizes)
-    offsets = np.zeros(count, np.int64)
-    by_offset = np.zeros(count, np.int64)  # the placed buffers, lowest first
-    for b in range(count):
-        at = 0
-        if fixed[b] >= 0:
-            at = fixed[b]
-        else:
-            for k in range(b):
-                other = by_offset[k]
-                if first[other] <= last[b] and first[b] <= last[other]:
-                    if offsets[other] >= at + sizes[b]:
-                        break
-                    top = offsets[other] + sizes[other]
-                    if top > at:
-                        at = -(-top // alignment[b]) * alignment[b]
-        offsets[b] = at
-        k = b
-        while k > 0 and offsets[by_offset[k - 1]] > at:
-            by_offset[k] = by_offset[k - 1]
-            k -= 1
-        by_offset[k] = b
-    return offsets
+def _place(tiles: Tiles, order: Integers) -> None:
+    for buffer in order:
+        insert(tiles, buffer, tiles.fixed[buffer] if tiles.fixed[buffer] >= 0 else lowest_free(tiles, buffer))

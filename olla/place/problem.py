@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from olla.place.buffers import Buffer
 
@@ -80,7 +81,20 @@ class Problem:
 
     def overlaps(self) -> tuple[Integers, Integers]:
         """For each buffer, the others alive at once: those of ``b`` are ``others[start[b]:start[b + 1]]``."""
-        together = (self.first[:, None] <= self.last) & (self.first <= self.last[:, None])
-        np.fill_diagonal(together, False)
-        start = np.concatenate([[0], np.cumsum(together.sum(axis=1))])
-        return start, np.nonzero(together)[1]
+        return _overlaps(self.first, self.last)
+
+
+@njit(cache=True)
+def _overlaps(first: Integers, last: Integers) -> tuple[Integers, Integers]:
+    count = len(first)
+    start = np.zeros(count + 1, np.int64)
+    for b in range(count):
+        start[b + 1] = start[b] + ((first <= last[b]) & (first[b] <= last)).sum() - 1
+    others = np.empty(start[count], np.int64)
+    k = 0
+    for b in range(count):
+        for other in range(count):
+            if first[other] <= last[b] and first[b] <= last[other] and other != b:
+                others[k] = other
+                k += 1
+    return start, others

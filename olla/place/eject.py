@@ -1,0 +1,141 @@
+"""Lower a placement: what stands too high is forced in further down, and what is in its way moves on.
+
+Buffers above a ceiling are taken out. One after another goes where it is free; if it is nowhere, where
+those in its way are lightest, and these are taken out in its place. Whoever had to be forced in becomes
+heavier, so the next one looks elsewhere. That is guided ejection search: Nagata and Braysy, *A powerful
+route minimization heuristic for the vehicle routing problem with time windows*, Operations Research
+Letters 37, 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free, neighbours, remove
+from olla.place.problem import Integers, Problem
+
+__all__ = ["lowered"]
+
+_SHARE = 0.25  # of the way to the bound, by which the ceiling is lowered first
+_LEAST = 1e-5  # of the bound: a smaller step is not worth while
+_PATIENCE = 3_000  # moves, or one for each buffer, since fewer than ever were waiting; and for each of them,
+_PATIENCE_EACH = 3
+_CHUNK = 2_000_000  # moves times buffers, between two looks at the clock
+_GROWTH = 1.3  # of the weight of a buffer that was forced in,
+_HEAVIEST = 1e9  # up to this many average ones
+
+Numbers = npt.NDArray[np.float64]
+
+
+def lowered(problem: Problem, offsets: Integers, random: np.random.Generator) -> Iterator[tuple[str, Integers] | None]:
+    """Lower and lower placements; None now and then, to look at the clock."""
+    bound = problem.bound
+    area = problem.sizes * (problem.last - problem.first + 1.0)
+    weight = area / area.mean()
+    share, top = _SHARE, int((offsets + problem.sizes).max())
+    while top > bound and share * (top - bound) >= _LEAST * bound:
+        ceiling = min(top - 1, int(top - share * (top - bound)))
+        for found in _below(problem, offsets, ceiling, weight * random.uniform(0.5, 2, len(weight))):
+            if found is None:
+                yield None
+                continue
+            offsets, share = found, min(1.0, 2 * share)
+            top = int((offsets + problem.sizes).max())
+            yield "ejections", offsets
+            break
+        else:
+            share /= 2
+
+
+def _below(problem: Problem, offsets: Integers, ceiling: int, weight: Numbers) -> Iterator[Integers | None]:
+    """None after each piece of work, and the offsets at last, if they are found."""
+    too_high = offsets + problem.sizes > ceiling
+    tiles = empty_tiles(problem)
+    order = np.argsort(offsets, kind="stable")
+    _fill(tiles, order[~too_high[order]], offsets)
+    waiting = int(too_high.sum())
+    pool = np.zeros(len(offsets), np.int64)  # the last one is next
+    pool[:waiting] = np.nonzero(too_high)[0][np.argsort(weight[too_high], kind="stable")]
+    fewest, moves, patience = waiting, 0, min(_PATIENCE, len(offsets)) + _PATIENCE_EACH * waiting
+    steps = min(1 + _CHUNK // len(offsets), _PATIENCE // 30)
+    while moves < patience:
+        waiting = _move(tiles, pool, waiting, ceiling, weight, steps)
+        if waiting == 0:
+            yield tiles.offsets
+            return
+        yield None
+        moves = 0 if waiting < fewest else moves + steps
+        fewest = min(fewest, waiting)
+
+
+@njit(cache=True)
+def _fill(tiles: Tiles, order: Integers, offsets: Integers) -> None:
+    for buffer in order:
+        insert(tiles, buffer, offsets[buffer])
+
+
+@njit(cache=True)
+def _move(tiles: Tiles, pool: Integers, waiting: int, ceiling: int, weight: Numbers, steps: int) -> int:
+    """Place the last of those waiting, again and again; how many are left."""
+    for _ in range(steps):
+        if waiting == 0:
+            break
+        buffer = pool[waiting - 1]
+        size, at = tiles.sizes[buffer], lowest_free(tiles, buffer)
+        if at + size <= ceiling:
+            waiting -= 1
+        else:
+            around = neighbours(tiles, buffer)
+            at = _lightest(tiles, buffer, around, ceiling, weight)
+            if at < 0:
+                break
+            waiting -= 1
+            begin = waiting
+            for other in around:
+                if tiles.offsets[other] < at + size and at < tiles.offsets[other] + tiles.sizes[other]:
+                    remove(tiles, other)
+                    k = waiting
+                    while k > begin and weight[pool[k - 1]] > weight[other]:
+                        pool[k] = pool[k - 1]
+                        k -= 1
+                    pool[k] = other
+                    waiting += 1
+            weight[buffer] = min(_HEAVIEST, _GROWTH * weight[buffer])
+        insert(tiles, buffer, at)
+    return waiting
+
+
+@njit(cache=True)
+def _lightest(tiles: Tiles, buffer: int, around: Integers, ceiling: int, weight: Numbers) -> int:
+    """The offset below the ceiling where those in the way weigh least; negative: what is fixed is always in it."""
+    size, step, count = tiles.sizes[buffer], tiles.alignment[buffer], len(around)
+    bottoms = tiles.offsets[around]
+    tops = bottoms + tiles.sizes[around]
+    by_bottom, by_top = np.argsort(bottoms), np.argsort(tops)
+    # It is best to stand on another one (or the ground), or right below another one (or the ceiling).
+    places = np.empty(2 * count + 2, np.int64)
+    places[:count] = -(-tops // step) * step
+    places[count : 2 * count] = (bottoms - size) // step * step
+    places[2 * count], places[2 * count + 1] = 0, (ceiling - size) // step * step
+    places.sort()
+    entered, left, fixed, total, least, best = 0, 0, 0, 0.0, np.inf, -1
+    for at in places:
+        if at < 0 or at + size > ceiling:
+            continue
+        while entered < count and bottoms[by_bottom[entered]] < at + size:
+            other = around[by_bottom[entered]]
+            total += weight[other]
+            fixed += tiles.fixed[other] >= 0
+            entered += 1
+        while left < count and tops[by_top[left]] <= at:
+            other = around[by_top[left]]
+            total -= weight[other]
+            fixed -= tiles.fixed[other] >= 0
+            left += 1
+        if fixed == 0 and total < least:
+            least, best = total, int(at)
+    return best
