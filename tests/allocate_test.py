@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from olla import Buffer, InfeasibleError, InvalidBuffersError, Placement, allocate
 from olla.place.allocate import _luby
-from olla.place.tiles import empty_tiles, insert, lowest_free, neighbours, remove
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
 from olla.place.problem import Problem
 from olla.place.search import INFEASIBLE, SOLVED, search
+from olla.place.tiles import empty_tiles, insert, lowest_free, neighbours, remove
 
 
 @st.composite

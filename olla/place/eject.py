@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free, neighbours, remove
 from olla.place.problem import Integers, Problem
+from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free, neighbours, remove
 
 __all__ = ["lowered"]
 

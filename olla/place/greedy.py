@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free
 from olla.place.problem import Integers, Problem
+from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free
 
 __all__ = ["first_fits", "mended_fits"]
 
