@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
+from olla.capture.rewrite import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
 from olla.graph.check import verify
 from olla.graph.graph import Graph
@@ -56,9 +58,26 @@ def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], optio
     started = time.perf_counter()
     traced, lowered = capture(program, args, kwargs, options)
     capture_seconds = time.perf_counter() - started
-    plan = Plan.of(lowered.graph, _ordered(lowered.graph, options))
+    found = _ordered(lowered.graph, options)
+    lowered = _with_whole_gradients(lowered, found.order)
+    plan = Plan.of(lowered.graph, found)
     verify(lowered.graph, plan)
     return Draft(traced, lowered, plan, capture_seconds)
+
+
+def _with_whole_gradients(lowered: Lowered, order: Sequence[int]) -> Lowered:
+    """Gradients of weights are computed in slices, which takes time, only where the peak would be."""
+    graph = lowered.graph
+    memory, ops = memory_profile(graph, order), list(graph.ops)
+    for index, live in zip(order, memory, strict=True):
+        node = lowered.nodes[index]
+        if is_sliced(node):
+            room = max(memory) - live + ops[index].workspace
+            whole = sum(graph.storages[storage].size for storage in ops[index].creates)
+            if whole <= room:
+                compute_whole(node)
+                ops[index] = replace(ops[index], workspace=whole)
+    return replace(lowered, graph=replace(graph, ops=tuple(ops)))
 
 
 def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
@@ -72,14 +91,9 @@ def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
 
 
 def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
-    """The draft with the workspaces that its ops really hold, in another order if that is better, and allowed."""
-    graph, order = drafted.lowered.graph, drafted.plan.order
-    workspaces = [0] * len(graph.ops)
-    for position, (index, live) in enumerate(zip(order, memory_profile(graph, order), strict=True)):
-        excess = recording.peaks.get(position, 0) - (live - graph.ops[index].workspace)
-        workspaces[index] = max(workspaces[index], excess)
-    ops = tuple(replace(op, workspace=size) for op, size in zip(graph.ops, workspaces, strict=True))
-    graph = replace(graph, ops=ops)
+    """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
+    order = drafted.plan.order
+    graph = _measured(drafted.lowered.graph, order, recording)
     found = _ordered(graph, options)
     peak = peak_bytes(graph, order)
     if peak <= found.peak_bytes or not reorder:
@@ -87,6 +101,17 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
     plan = Plan.of(graph, replace(found, seconds=found.seconds + drafted.plan.seconds))
     verify(graph, plan)
     return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
+
+
+def _measured(graph: Graph, order: Sequence[int], recording: Recording) -> Graph:
+    """The graph with the sizes and workspaces that were recorded when it ran in ``order``."""
+    sizes = {storage: recording.allocations[index].size for index, (_, storage) in recording.storages.items()}
+    storages = tuple(replace(s, size=sizes.get(index, s.size)) for index, s in enumerate(graph.storages))
+    graph = replace(graph, storages=storages, ops=tuple(replace(op, workspace=0) for op in graph.ops))
+    workspaces = [0] * len(graph.ops)
+    for position, (index, live) in enumerate(zip(order, memory_profile(graph, order), strict=True)):
+        workspaces[index] = max(workspaces[index], recording.peaks.get(position, 0) - live)
+    return replace(graph, ops=tuple(replace(o, workspace=w) for o, w in zip(graph.ops, workspaces, strict=True)))
 
 
 def with_addresses(drafted: Draft, recording: Recording, options: Options, alignment: int) -> tuple[Draft, list[int]]:
@@ -100,10 +125,12 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     graph, order = drafted.lowered.graph, drafted.plan.order
     of_life = {life: offsets[index] for index, life in recording.storages.items()}
     at = [of_life.get((life.start, life.storage), OUTSIDE) for life in live_intervals(graph, order)]
+    # What no op returns: a workspace, of more than one op if it is kept in between.
     workspaces = [
-        Workspace(allocation.position, offset, allocation.size)
+        Workspace(step, offset, allocation.size)
         for index, (allocation, offset) in enumerate(zip(recording.allocations, offsets, strict=True))
         if index not in recording.storages and offset != OUTSIDE
+        for step in range(max(0, allocation.position), allocation.last_position + 1)
     ]
     addresses = Addresses(
         offsets=tuple(None if offset == OUTSIDE else offset for offset in at),

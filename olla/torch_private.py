@@ -35,6 +35,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TreeSpec",
+    "bare_step",
     "buffers_of",
     "cpu_allocations",
     "dense_parts",
@@ -128,6 +129,12 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     """Whether code of users runs before or after ``optimizer.step``."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+def bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
+    """``step`` of its class without what calls hooks and tells the profiler, which costs as much as a small update."""
+    step = type(optimizer).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def remove_step_hooks(optimizer: Optimizer) -> None:

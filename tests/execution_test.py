@@ -126,6 +126,22 @@ class ExecutionTest(EagerTestCase):
         self.assertIn("in one arena of", report)
         self.assertIn("0 missed", report)
 
+    def test_operators_that_allocate_what_no_shape_tells(self) -> None:
+        class Recurrent(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.LSTM(16, 32, num_layers=2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layers(x)[0].sum()
+
+        model, x = Recurrent(), torch.randn(7, 4, 16)
+        step = olla.optimize(model, x, optimizer=sgd(model.parameters()))
+        self.addCleanup(step.close)
+        measured = step.measure(x)
+        self.assertEqual(step._current.not_executed, "")
+        self.assertTrue(measured.exact, (measured.peak_bytes, measured.planned_bytes))
+
     def test_measuring_leaves_a_step_that_can_still_be_trained(self) -> None:
         step, (x, y) = self.training()
         step.measure(x, targets=y)

@@ -22,10 +22,10 @@ class RecordingTest(unittest.TestCase):
         self.assertEqual(
             recording.allocations,
             (
-                Allocation(0, 64, 0, 2, 1000),
-                Allocation(0, 32, 1, 4, 2000),
-                Allocation(0, 16, 3, None, 1000),
-                Allocation(1, 8, 5, None, 2000),
+                Allocation(0, 0, 64, 0, 2, 1000),
+                Allocation(0, 1, 32, 1, 4, 2000),
+                Allocation(0, 0, 16, 3, None, 1000),
+                Allocation(1, 1, 8, 5, None, 2000),
             ),
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["rewrite", "slices_that_keep_the_bits", "weight_gradient"]
+__all__ = ["compute_whole", "is_sliced", "rewrite", "slices_that_keep_the_bits", "weight_gradient"]
 
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _WORTH_IT = 4  # the weight must be so many times larger than the activations that each slice reads again
@@ -43,27 +43,31 @@ def weight_gradient(
     slices: int,
 ) -> Tensor:
     """The gradient of a convolution's weight, computed in ``slices`` equal parts of its output channels."""
-    result = torch.empty_like(weight)
-    zeros = [0] * len(stride)
+    zeros, wanted = [0] * len(stride), [False, True, False]
+
+    def part(rows: slice) -> Tensor:
+        args = (gradient[:, rows], input, weight[rows], None, stride, padding, dilation, False, zeros, 1, wanted)
+        result: Tensor = _BACKWARD(*args)[1]
+        return result
+
+    if slices == 1:
+        return part(slice(None))
+    whole = torch.empty_like(weight)
     step = len(weight) // slices
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
-        _, part, _ = _BACKWARD(
-            gradient[:, rows],
-            input,
-            weight[rows],
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            zeros,
-            1,
-            [False, True, False],
-        )
-        result[rows] = part
-        del part
-    return result
+        whole[rows] = part(rows)
+    return whole
+
+
+def compute_whole(node: fx.Node) -> None:
+    """Let a ``weight_gradient`` node compute the whole at once, which is faster, and needs a second copy."""
+    node.update_arg(6, 1)
+
+
+def is_sliced(node: fx.Node) -> bool:
+    """Whether ``node`` computes a weight's gradient in parts."""
+    return node.target is weight_gradient and bool(node.args[6] != 1)
 
 
 def slices_that_keep_the_bits(node: fx.Node) -> int:
@@ -76,6 +80,8 @@ def slices_that_keep_the_bits(node: fx.Node) -> int:
     shapes = tuple(tuple(_value(argument).shape) for argument in (gradient, input_, weight))
     settings = (tuple(_ints(stride)), tuple(_ints(padding)), tuple(_ints(dilation)))
     assert isinstance(slices, int)
+    if slices == 1:
+        return 1
     kept = _keeps_bits(shapes, _value(weight).dtype, settings, slices, torch.get_num_threads())
     return slices if kept else 1
 

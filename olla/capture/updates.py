@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from olla.capture.trial import hyper_parameters, narrowed, separable
 from olla.errors import CaptureError
-from olla.torch_private import has_step_hooks, is_wrapped_by_scheduler
+from olla.torch_private import bare_step, has_step_hooks, is_wrapped_by_scheduler
 
 __all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "is_watched", "needs_closure"]
 
@@ -41,6 +41,7 @@ class Update(nn.Module):
         super().__init__()
         # In a tuple, so that they do not count as parameters of this module.
         self._held = (optimizer, tuple(parameters))
+        self._bare_step = bare_step(optimizer)
         self.whole = whole
 
     @property
@@ -63,7 +64,7 @@ class Update(nn.Module):
                 optimizer.step()
             else:
                 with narrowed(optimizer, parameters):
-                    optimizer.step()
+                    self._bare_step(optimizer)
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -130,7 +131,7 @@ class UpdateRecorder:
         self.consumed.update(id(parameter) for parameter, _ in pairs)
 
 
-_SMALL = 1000  # neighbours share an update while they are less than this part of all gradients
+_SMALL = 200  # neighbours share an update while they are less than this part of all gradients
 
 
 def _chunks(pairs: Sequence[Pair], small: int) -> Iterator[list[Pair]]:

@@ -21,7 +21,8 @@ def workspace_bytes(node: fx.Node) -> int:
     if node.target is weight_gradient:
         slices = node.args[6]
         assert isinstance(slices, int)
-        return 2 * _on_cpu(node.args[2]) // slices  # the slice, and its blocked copy
+        # The slice, and its blocked copy; the whole is the result itself.
+        return (2 if slices > 1 else 1) * _on_cpu(node.args[2]) // slices
     return 0
 
 

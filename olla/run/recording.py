@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 __all__ = ["Allocation", "Recording"]
@@ -13,7 +13,8 @@ __all__ = ["Allocation", "Recording"]
 class Allocation:
     """One block of memory. Times are positions in the sequence of all allocations and releases."""
 
-    position: int  # in the order of ops: the op that allocated it
+    position: int  # in the order of ops: the op that allocated it,
+    last_position: int  # and the op that ran last when it was released
     size: int  # bytes
     start: int
     end: int | None  # half-open; None: it outlived the step
@@ -34,25 +35,22 @@ class Recording:
 
         ``seen`` holds the address of each storage, by position of the op in the order, and storage.
         """
-        opened: dict[int, Allocation] = {}
-        ends: dict[int, int] = {}
+        found: list[Allocation] = []
         changes, positions = [], []
         for time, (index, position, size, address) in enumerate(events):
             if size >= 0:
-                opened[index] = Allocation(position, size, time, None, address)
+                found.append(Allocation(position, position, size, time, None, address))
             else:
-                ends[index] = time
-            changes.append(size if size >= 0 else -opened[index].size)
+                found[index] = replace(found[index], last_position=max(position, found[index].position), end=time)
+            changes.append(size if size >= 0 else -found[index].size)
             positions.append(position)
         peaks: dict[int, int] = {}
         for position, alive in zip(positions, accumulate(changes), strict=True):
             peaks[position] = max(alive, peaks.get(position, 0))
-        allocations = tuple(
-            Allocation(a.position, a.size, a.start, ends.get(index), a.address) for index, a in opened.items()
-        )
+        allocations = tuple(found)
         latest = {(a.position, a.address): index for index, a in enumerate(allocations)}
-        found = {(position, address): (position, storage) for (position, storage), address in seen.items()}
-        storages = {latest[key]: life for key, life in found.items() if key in latest}
+        lives = {(position, address): (position, storage) for (position, storage), address in seen.items()}
+        storages = {latest[key]: life for key, life in lives.items() if key in latest}
         return cls(allocations, storages, peaks)
 
     @property
