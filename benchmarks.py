@@ -318,7 +318,7 @@ def time_allocations(
     clock = Clock()
     sizes = [size for _, _, size in lives]
     top = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
-    arena = Arena("cpu")
+    arena = Arena(torch.device("cpu"))
     replay = Replay(arena, clock, positions=[0] * len(sizes), sizes=sizes, offsets=offsets, arena_bytes=top)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for in_arena in (False, True) * rounds:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from olla.capture.lower import tensors_of
 from olla.capture.program import Program
-from olla.errors import OllaError
+from olla.errors import ExecutionError, OllaError
 from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
 from olla.run.arena import Arena, Clock, Counts, Recorder, Replay
 from olla.run.emit import Watch, emit
@@ -64,7 +64,7 @@ class Execution:
     @property
     def planned_bytes(self) -> int:
         """The peak that the statistics of the allocator will show for the step."""
-        if self.replay is None or self.arena.device == "cpu":
+        if self.replay is None or self.arena.device.type == "cpu":
             return self.draft.plan.peak_bytes
         # The arena is one block of CUDA's caching allocator, which counts in units.
         unit = self.arena.alignment
@@ -123,6 +123,8 @@ class Execution:
 
     def _learn(self, recording: Recording) -> None:
         """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
+        if not recording.allocations and self.draft.plan.peak_bytes:
+            raise ExecutionError("another allocator was installed, which is asked instead")
         reorder = self._reorderings < _REORDERINGS
         draft = with_workspaces(self.draft, recording, self._options, reorder=reorder)
         if draft.plan.order != self.draft.plan.order:

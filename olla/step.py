@@ -66,7 +66,7 @@ class Step:
         self._planned: dict[Signature, list[_Planned]] = {}
         self._latest: _Planned | None = None
         self._measurement: Measurement | None = None
-        self._arena = Arena("cpu")  # until the device is known
+        self._arena = Arena(torch.device("cpu"))  # until the device is known
         self._running = threading.Lock()
         self._closed = False
 
@@ -225,7 +225,7 @@ class Step:
             drafted = draft(self._program, args, kwargs, self._options)
             signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
             if self._latest is None:
-                self._arena = Arena(self._device(args, kwargs).type)
+                self._arena = Arena(self._device(args, kwargs))
             execution = Execution(self._program, drafted, self._options, self._arena)
             found = _Planned(signature, execution)
             self._planned.setdefault(signature, []).append(found)

@@ -19,7 +19,7 @@ class ArenaTest(unittest.TestCase):
 
     def setUp(self) -> None:
         self.clock = Clock()
-        self.arena = Arena("cpu")
+        self.arena = Arena(torch.device("cpu"))
 
     def replay(self, offsets: tuple[int, int, int] = (0, 256, 384), arena_bytes: int = 448) -> Replay:
         return Replay(

@@ -20,6 +20,7 @@ from olla.capture.lower import tensors_of
 from olla.graph.check import check
 from olla.graph.lifetimes import live_intervals
 from olla.run.native import NativeUnavailableError
+from olla.run.recording import Recording
 
 TROUBLE = {"extra": 0, "fail": False}
 
@@ -208,6 +209,13 @@ class ExecutionTest(EagerTestCase):
         self.assertIsNone(step.plan.offsets)
         again, _ = self.training()
         self.assert_same([again(x, targets=y) for _ in range(4)], losses, "losses")
+
+    def test_an_allocator_that_is_not_asked_is_noticed(self) -> None:
+        step, x = self.inference()
+        with mock.patch("olla.execution.Recording.of", return_value=Recording((), {}, {})), self.assertLogs("olla"):
+            for _ in range(3):
+                step(x)
+        self.assertIn("another allocator was installed", str(step.report()))
 
     def test_a_step_that_allocates_otherwise_is_recorded_again(self) -> None:
         self.addCleanup(TROUBLE.update, extra=0)

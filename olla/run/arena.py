@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from types import TracebackType
 
 import numpy as np
+import torch
 
 from olla.errors import ExecutionError
 from olla.run import native
@@ -100,9 +102,9 @@ class Arena:
     are in, whatever happens to the arena.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device  # "cpu", "cuda"
-        self.alignment = 512 if device == "cuda" else 64  # bytes; that of PyTorch's allocators
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.alignment = 512 if device.type == "cuda" else 64  # bytes; that of PyTorch's allocators
         self.arena_bytes = 0
         self._handle: int | None = None
         self._drop: weakref.finalize[[int], Arena] | None = None
@@ -110,7 +112,7 @@ class Arena:
     @property
     def library(self) -> ctypes.PyDLL:
         """The C++ side; see :func:`olla.run.native.load`."""
-        return native.load(self.device)
+        return native.load(self.device.type)
 
     @property
     def handle(self) -> int:
@@ -134,7 +136,8 @@ class Arena:
         if self._handle and arena_bytes <= self.arena_bytes:
             return
         self.close()
-        self._handle = self.library.olla_new_arena(arena_bytes)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._handle = self.library.olla_new_arena(arena_bytes)
         if not self._handle:
             raise ExecutionError(f"there is no memory for an arena of {arena_bytes:,} bytes")
         self.arena_bytes = arena_bytes
