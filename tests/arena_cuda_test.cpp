@@ -2,6 +2,7 @@
 // (cudart_on_host.c). Built and run by native_test.py.
 
 #include "../olla/run/arena_cuda.cpp"
+#include "require.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -13,14 +14,6 @@ void setHasPrimaryContext(bool (*function)(c10::DeviceIndex));  // what PyTorch 
 }
 
 namespace {
-
-#define REQUIRE(condition)                                                       \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "line %d: %s does not hold\n", __LINE__, #condition); \
-      std::exit(1);                                                              \
-    }                                                                            \
-  } while (false)
 
 using Handle = std::shared_ptr<olla::Arena>;
 

@@ -1,6 +1,7 @@
 // Drives arena.h on host memory, as arena_cpu.cpp does inside of PyTorch. Run under sanitizers by arena_native_test.py.
 
 #include "../olla/run/arena.h"
+#include "require.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,14 +15,6 @@
 namespace {
 
 using Handle = std::shared_ptr<olla::Arena>;
-
-#define REQUIRE(condition)                                                   \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
-      std::fprintf(stderr, "line %d: %s does not hold\n", __LINE__, #condition); \
-      std::exit(1);                                                          \
-    }                                                                        \
-  } while (false)
 
 std::atomic<int> arenas{0};
 
