@@ -209,7 +209,9 @@ class Step:
 
     def report(self) -> Report:
         """What was planned and, after :meth:`measure`, what was measured; print it."""
-        return Report(self.plan, self._measurement, self._current.not_executed)
+        execution = self._current
+        counts = execution.replay.counts if execution.replay else None
+        return Report(self.plan, self._measurement, execution.not_executed, counts)
 
     def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
         latest = self._latest

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement
+from olla.run.arena import Counts
 
 __all__ = ["Report", "format_bytes"]
 
@@ -17,6 +18,7 @@ class Report:
     plan: Plan
     measurement: Measurement | None
     not_executed: str = ""  # why addresses are not executed
+    counts: Counts | None = None  # how the allocations of the last step were answered
 
     def __str__(self) -> str:
         """A table of plain text."""
@@ -67,7 +69,7 @@ class Report:
         if plan.arena_bytes is None:
             return "after the first steps, which find out what the operators allocate"
         text = f"in one arena of {format_bytes(plan.arena_bytes)}, {plan.fragmentation:.2%} of it fragmentation"
-        counts = self.measurement.arena if self.measurement else None
+        counts = self.counts
         if counts is None:
             return text
         return (
