@@ -56,7 +56,9 @@ class Report:
                 f"{measured.time_ratio:.2f} x",
             )
         )
-        if measured.peak_bytes:
+        if measured.exact:
+            lines.append("the measured peak is the planned one, to the byte")
+        elif measured.peak_bytes:
             off = measured.peak_bytes / plan.peak_bytes - 1 if plan.peak_bytes else float("inf")
             lines.append(f"the measured peak is {off:+.1%} off the planned one (workspaces of operators)")
         return "\n".join(lines)
