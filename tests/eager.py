@@ -124,9 +124,16 @@ class EagerTestCase(unittest.TestCase):
             return loss
 
         self.assert_steps_same(planned, eager, step, eager_step, batches)
+        self.assert_at_planned_addresses(step)
         return step
 
-    def assert_inference_same(self, model: nn.Module, inputs: Callable[[], Any], steps: int = 2) -> olla.Step:
+    def assert_at_planned_addresses(self, step: olla.Step) -> None:
+        """The last step ran in its arena, and nothing was elsewhere than planned."""
+        replay = step._current.replay
+        self.assertIsNotNone(replay, step._current.not_executed or "the step did not settle")
+        self.assertEqual((replay.counts.missed, replay.counts.escapes), (0, 0))
+
+    def assert_inference_same(self, model: nn.Module, inputs: Callable[[], Any], steps: int = 4) -> olla.Step:
         model.eval()
         eager = copy.deepcopy(model)
         batches = [_call(inputs(), None) for _ in range(steps)]
@@ -137,6 +144,7 @@ class EagerTestCase(unittest.TestCase):
                 expected = eager(*args, **kwargs)
             self.assert_same(step(*args, **kwargs), expected, "output")
             self.assert_same(model.state_dict(), eager.state_dict(), "model.state_dict()")
+        self.assert_at_planned_addresses(step)
         return step
 
 

@@ -24,7 +24,7 @@ class ProfileTest(unittest.TestCase):
             b = a.view(16, 16)
             c = torch.add(b, b)
             del a, b
-            c.mul_(2)
+            c.neg_()
 
         profiled = profile(call, CPU)
         self.assertEqual(
@@ -33,7 +33,7 @@ class ProfileTest(unittest.TestCase):
                 OpMemory("aten.relu.default", 1024, None),
                 OpMemory("aten.view.default", 1024, None),
                 OpMemory("aten.add.Tensor", 2048, None),
-                OpMemory("aten.mul_.Tensor", 1024, None),
+                OpMemory("aten.neg_.default", 1024, None),
             ),
         )
         self.assertEqual(profiled.events, (Allocate(0, 1024), Allocate(1, 1024), Release(0), Release(1)))
