@@ -22,7 +22,7 @@ from olla.show.progress import stage
 
 __all__ = ["Draft", "Options", "capture", "draft", "with_addresses", "with_estimated_addresses", "with_workspaces"]
 
-_PLACING = 1 / 6  # of the time limit: what a longer search for addresses gains is a small part of a percent
+_PLACING = 1 / 2  # of the time limit; nearly always, a moment is enough
 OUTSIDE = -1  # instead of an offset
 
 

@@ -117,7 +117,7 @@ class AllocateTest(unittest.TestCase):
             self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
 
     @given(buffers(most=20))
-    def test_the_tiles_agrees_with_a_look_at_all_buffers(self, given: list[Buffer]) -> None:
+    def test_the_tiles_agree_with_a_look_at_all_buffers(self, given: list[Buffer]) -> None:
         solid = [buffer for buffer in given if buffer.size and buffer.offset is None]
         tiles = empty_tiles(Problem.of(solid))
         placed: dict[int, int] = {}
@@ -231,6 +231,7 @@ class AllocateTest(unittest.TestCase):
         problem = Problem.of(square)
         first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in filter(None, first_fits(problem)))
         self.assertGreater(first_fit, 36)
+        self.assertTrue(allocate(square, gap=1.0).method.startswith("first fit"))  # near enough
         placement = allocate(square)
         self.assertEqual(conflicts(square, placement), [])
         self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes, placement.method), (36, 36, "search"))

@@ -28,7 +28,12 @@ _FORGETTING = 0.9  # of the blame of a section that is left after each search
 
 
 def allocate(
-    buffers: Sequence[Buffer], capacity: int | None = None, *, alignment: int = 1, time_limit: float = 60.0
+    buffers: Sequence[Buffer],
+    capacity: int | None = None,
+    *,
+    alignment: int = 1,
+    gap: float = 0.0,
+    time_limit: float = 60.0,
 ) -> Placement:
     """Give each buffer an offset, so that buffers alive at the same time share no byte.
 
@@ -44,6 +49,8 @@ def allocate(
         can be found.
     alignment
         All offsets are multiples of it, and of each buffer's own alignment.
+    gap
+        Without a capacity: how far above the lower bound is near enough, as a share of it.
     time_limit
         Seconds after which the best placement so far is returned. One is always made.
 
@@ -65,7 +72,7 @@ def allocate(
     solid = [index for index, buffer in enumerate(buffers) if buffer.size]  # what has no bytes can be anywhere
     _require_room_for_fixed(buffers, alignment)
     problem = _aligned(Problem.of([buffers[index] for index in solid]), alignment)
-    found = _Search(problem, capacity, started + time_limit)
+    found = _Search(problem, capacity, gap, started + time_limit)
     found.run()
     offsets = np.array([buffer.offset or 0 for buffer in buffers], np.int64)
     offsets[solid] = found.offsets
@@ -89,9 +96,10 @@ def allocate(
 class _Search:
     """The lowest placement so far, and what is proven about lower ones."""
 
-    def __init__(self, problem: Problem, capacity: int | None, deadline: float) -> None:
+    def __init__(self, problem: Problem, capacity: int | None, gap: float, deadline: float) -> None:
         self._problem = problem
         self._capacity = capacity
+        self._gap = gap
         self._deadline = deadline
         self._random, self._others = (np.random.default_rng(seed) for seed in (0, 1))
         self.bound = problem.bound
@@ -103,7 +111,7 @@ class _Search:
     def _ended(self) -> bool:
         if self.top == _UNKNOWN:
             return False
-        capacity = self.bound if self._capacity is None else self._capacity
+        capacity = int(self.bound * (1 + self._gap)) if self._capacity is None else self._capacity
         return self.top <= max(capacity, self.bound) or self.bound > capacity or time.perf_counter() > self._deadline
 
     def run(self) -> None:

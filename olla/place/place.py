@@ -14,6 +14,7 @@ from olla.place.problem import Problem
 
 __all__ = ["pack", "place"]
 
+_GAP = 5e-4  # of the arena: what is gained below is not worth waiting for
 ALIGNMENT = 64  # bytes; what PyTorch gives on CPUs, and a cache line
 
 
@@ -51,6 +52,6 @@ def pack(
         raise InvalidBuffersError(f"the alignment is {alignment}: it must be at least 1")
     # Of full units, so that what is placed upon another block is aligned without a thought.
     padded = [Buffer(start, end, -(-size // alignment) * alignment) for start, end, size in intervals]
-    offsets = allocate(padded, alignment=alignment, time_limit=time_limit).offsets
+    offsets = allocate(padded, alignment=alignment, gap=_GAP, time_limit=time_limit).offsets
     arena_bytes = max((offset + size for offset, (_, _, size) in zip(offsets, intervals, strict=True)), default=0)
     return offsets, arena_bytes, Problem.of([Buffer(*interval) for interval in intervals]).bound
