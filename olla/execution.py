@@ -24,6 +24,7 @@ from olla.run.emit import Watch, emit
 from olla.run.native import NativeUnavailableError
 from olla.run.recording import Recording
 from olla.run.runner import Runner
+from olla.show.progress import stage
 
 __all__ = ["Execution"]
 
@@ -97,7 +98,8 @@ class Execution:
 
     def _record(self, leaves: Sequence[Any]) -> Any:
         try:
-            library = self.arena.library
+            with stage("preparing the arena", self._options.progress):
+                library = self.arena.library
         except NativeUnavailableError as error:
             self._give_up(str(error))
             return self.run_anywhere(leaves)
