@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -143,10 +143,16 @@ class _Search:
             target = lowest if lowest == self.bound else (lowest + self.top) // 2
 
     def _improve(self, patience: int = _UNKNOWN) -> None:
-        """Mend first fits, then lower the best placement, each for half of the time that is left at most."""
+        """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
         self._try(mended_fits(self._problem, self._others), self._half_of_the_rest, patience)
-        for lower in (lowered, rebuilt):
-            self._try(lower(self._problem, self.offsets, self._others), self._half_of_the_rest)
+        while self._gains(lowered) or self._gains(rebuilt):
+            pass
+
+    def _gains(self, lower: Callable[..., Iterator[tuple[str, Integers] | None]]) -> bool:
+        """Try that for half of the time that is left at most; whether it was worth while."""
+        before = self.top
+        self._try(lower(self._problem, self.offsets, self._others), self._half_of_the_rest)
+        return not self._ended and before - self.top > _LEAST * self.bound
 
     @property
     def _half_of_the_rest(self) -> float:
