@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olla import Buffer, InfeasibleError, InvalidBuffersError, Placement, allocate
-from olla.place.allocate import _luby
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
 from olla.place.problem import Problem
+from olla.place.restarts import _luby
 from olla.place.search import INFEASIBLE, SOLVED, search
 from olla.place.tiles import empty_tiles, insert, lowest_free, neighbours, remove
+from olla.place.windows import rebuilt
 
 
 @st.composite
@@ -243,7 +244,25 @@ class AllocateTest(unittest.TestCase):
         self.assertGreater(first_fit, 1.003 * problem.bound)
         placement = allocate(given, time_limit=30)
         self.assertFalse(overlapping(given, placement))
-        self.assertLessEqual(placement.gap, 0.003)
+        self.assertLessEqual(placement.gap, 0.0001)
+
+    def test_windows_lower_a_large_placement_around_what_is_fixed(self) -> None:
+        given = [*stream(4_000, longest=40), Buffer(1_000, 3_000, 2**20, offset=2**24)]
+        problem = Problem.of(given)
+        _, offsets = next(filter(None, first_fits(problem)))
+        top = int((offsets + problem.sizes).max())
+        self.assertGreater(top, 1.01 * problem.bound)
+        (_, lower), *_ = filter(None, rebuilt(problem, offsets, np.random.default_rng(0)))
+        placement = Placement(tuple(lower.tolist()), int((lower + problem.sizes).max()))
+        self.assertLess(placement.arena_bytes, top)
+        self.assertEqual(placement.offsets[-1], 2**24)
+        self.assertFalse(overlapping(given, placement))
+
+    def test_a_large_placement_ends_when_nothing_makes_it_lower(self) -> None:
+        given = [Buffer(t, t + 2, 3, alignment=2) for t in range(4_000)]  # two at once: 6 bytes, which need 7
+        placement = allocate(given, time_limit=60)
+        self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes), (7, 6))
+        self.assertLess(placement.seconds, 20)
 
     def test_time_ends_the_improvement_of_a_large_placement(self) -> None:
         given = stream(10_000, longest=5_000)

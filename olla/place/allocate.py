@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from olla.errors import InfeasibleError, InvalidBuffersError
 from olla.graph.plan import Placement
@@ -15,16 +14,19 @@ from olla.place.buffers import Buffer
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
 from olla.place.problem import Integers, Problem
-from olla.place.search import INFEASIBLE, SOLVED, search
+from olla.place.restarts import searches
+from olla.place.search import INFEASIBLE, SOLVED
+from olla.place.windows import rebuilt
 
 __all__ = ["allocate"]
 
-_SEARCHED = 3_000  # buffers; above, first fits and ejections take turns until time is over
-_NODES = 1_000  # of the first searches; some later ones get more, see _luby,
-_WORK = 20_000_000  # but not more than this, divided by the number of buffers: a second or two
+_SEARCHED = 3_000  # buffers; above, first fits, ejections and windows take turns, in rounds, and end
+_CLOSE = 1e-4  # of the bound above it, after a round, or
+_IDLE_ROUNDS = 3  # after so many in a row
+_LEAST = 1e-5  # that gained less of the bound than that
+_IDLE_TRIES = 60  # mended first fits in a row in vain, after which the ejections have their turn
 _RESTARTS = 60  # searches for one capacity, before another one is tried
 _UNKNOWN = 2**62
-_FORGETTING = 0.9  # of the blame of a section that is left after each search
 
 
 def allocate(
@@ -117,11 +119,25 @@ class _Search:
     def run(self) -> None:
         """Try first fits, improve them, then search, until the bound or the capacity is met or time is over."""
         self._try(first_fits(self._problem), self._deadline)
-        self._improve()
         if len(self._problem.sizes) > _SEARCHED:
-            while not self._ended:
-                self._improve()
-            return
+            self._improve_in_rounds()
+        else:
+            self._improve()
+            self._bisect()
+
+    def _improve_in_rounds(self) -> None:
+        """Improve until that seems to be in vain, or what is left to gain is nothing that matters."""
+        idle = 0
+        while not self._ended and idle < _IDLE_ROUNDS:
+            before = self.top
+            self._improve(_IDLE_TRIES)
+            if self._capacity is None:
+                idle = 0 if before - self.top > _LEAST * self.bound else idle + 1
+                if self.top - self.bound <= _CLOSE * self.bound:
+                    return
+
+    def _bisect(self) -> None:
+        """Search for the bound itself, then for what is half way between what was tried in vain and the best."""
         self._blame = np.zeros(len(self._problem.load), np.int64)
         restarts, lowest = _RESTARTS, self.bound  # below `lowest`, it was tried in vain
         target = self.bound if self._capacity is None else self._capacity
@@ -134,83 +150,51 @@ class _Search:
                 lowest, restarts = self.bound, restarts * 4
             target = lowest if lowest == self.bound else (lowest + self.top) // 2
 
-    def _improve(self) -> None:
-        """Mend first fits, then lower the best placement: each for half of the time that is left, at most."""
-        self._try(mended_fits(self._problem, self._others), self._half_of_the_rest)
-        self._try(lowered(self._problem, self.offsets, self._others), self._half_of_the_rest)
+    def _improve(self, patience: int = _UNKNOWN) -> None:
+        """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
+        self._try(mended_fits(self._problem, self._others), self._half_of_the_rest, patience)
+        while self._gains(lowered) or self._gains(rebuilt):
+            pass
+
+    def _gains(self, lower: Callable[..., Iterator[tuple[str, Integers] | None]]) -> bool:
+        """Try that for half of the time that is left at most; whether it was worth while."""
+        before = self.top
+        self._try(lower(self._problem, self.offsets, self._others), self._half_of_the_rest)
+        return not self._ended and before - self.top > _LEAST * self.bound
 
     @property
     def _half_of_the_rest(self) -> float:
         return (time.perf_counter() + self._deadline) / 2
 
-    def _try(self, tries: Iterator[tuple[str, Integers] | None], until: float) -> None:
-        """Keep the best of the tries until some time."""
-        while not self._ended and (self.top == _UNKNOWN or time.perf_counter() < until):
+    def _try(self, tries: Iterator[tuple[str, Integers] | None], until: float, patience: int = _UNKNOWN) -> None:
+        """Keep the best of the tries until some time, or until so many in a row were in vain."""
+        idle = 0
+        while not self._ended and (self.top == _UNKNOWN or time.perf_counter() < until) and idle < patience:
             found = next(tries, ())
             if found == ():
                 return
             if found:
-                self._keep(*found)
+                idle = 0 if self._keep(*found) else idle + 1
 
     def _reach(self, target: int, restarts: int) -> bool:
         """Look for a placement within ``target``."""
-        for number in range(1, restarts + 1):
-            if self._ended:
-                return False
-            order = np.argsort(-self._preference(), kind="stable")
-            chosen = self._problem.ordered(order)
-            start, others = chosen.overlaps()
-            status, _, offsets = search(
-                target,
-                chosen.first,
-                chosen.last,
-                chosen.sizes,
-                chosen.alignment,
-                chosen.fixed,
-                start,
-                others,
-                self._blame,
-                min(_NODES * _luby(number), 1 + _WORK // len(order)),
-            )
+        for status, offsets in searches(self._problem, target, restarts, self._random, self._blame):
             if status == SOLVED:
-                result = np.empty(len(order), np.int64)
-                result[order] = offsets
-                self._keep("search", result)
+                self._keep("search", offsets)
                 return True
             if status == INFEASIBLE:
                 self.bound = max(self.bound, target + 1)
-                return False
-            self._blame = (self._blame * _FORGETTING).astype(np.int64)
+            if self._ended:
+                break
         return False
 
-    def _preference(self) -> npt.NDArray[np.float64]:
-        """How early each buffer is tried: size, lifetime, load and blame, in proportions drawn anew."""
-        problem = self._problem
-        share = self._random.uniform(size=4)
-        noise = self._random.normal(size=len(problem.sizes))
-        blame = problem.largest(self._blame) / max(1.0, float(problem.largest(self._blame).mean()))
-        preference: npt.NDArray[np.float64] = (
-            0.8 * share[0] * np.log(problem.sizes)
-            + (0.5 + 0.5 * share[1]) * np.log(problem.last - problem.first + 1)
-            + 3 * share[2] * np.log(problem.largest(problem.load))
-            + 0.3 * share[3] * noise
-            + 2 * np.log(0.1 + blame)
-        )
-        return preference
-
-    def _keep(self, method: str, offsets: Integers) -> None:
+    def _keep(self, method: str, offsets: Integers) -> bool:
+        """Keep the placement if it is the lowest so far."""
         top = int((offsets + self._problem.sizes).max(initial=0))
-        if top < self.top:
-            self.offsets, self.top, self.method = offsets, top, method
-
-
-def _luby(number: int) -> int:
-    """1, 1, 2, 1, 1, 2, 4, 1, ...: Luby, Sinclair, Zuckerman, *Optimal speedup of Las Vegas algorithms*, 1993."""
-    power = number.bit_length()
-    while number != 2**power - 1:
-        number -= 2 ** (power - 1) - 1
-        power = number.bit_length()
-    return int(2 ** (power - 1))
+        if top >= self.top:
+            return False
+        self.offsets, self.top, self.method = offsets, top, method
+        return True
 
 
 def _aligned(problem: Problem, alignment: int) -> Problem:
