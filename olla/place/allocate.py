@@ -122,7 +122,8 @@ class _Search:
         if len(self._problem.sizes) > _SEARCHED:
             self._improve_in_rounds()
         else:
-            self._improve()
+            if self._capacity is None:  # one that is tight enough to be given is a matter for the search
+                self._improve()
             self._bisect()
 
     def _improve_in_rounds(self) -> None:
