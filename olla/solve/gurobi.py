@@ -35,8 +35,11 @@ def solve(problem: Problem, run: Run) -> Answer:
             run.until_stopped(lambda: model.optimize(_listener(gurobi, run)), model.terminate)
             if model.Status == gurobi.GRB.INF_OR_UNBD:  # which of them, it knows without some reductions
                 model.Params.DualReductions = 0
+                model.Params.TimeLimit = run.seconds_left
                 run.until_stopped(model.optimize, model.terminate)
-            return _answer(gurobi, model)
+            if model.Status == gurobi.GRB.INTERRUPTED and run.interruption is None:
+                run.interruption = KeyboardInterrupt()  # it hears Ctrl-C itself, and Python does not
+            return _answer(gurobi, model, problem)
     except gurobi.GurobiError as error:
         if error.errno not in (gurobi.GRB.ERROR_SIZE_LIMIT_EXCEEDED, gurobi.GRB.ERROR_NO_LICENSE):
             raise
@@ -77,7 +80,7 @@ def _listener(gurobi: Any, run: Run) -> Callable[[Any, int], None]:
     return listen
 
 
-def _answer(gurobi: Any, model: Any) -> Answer:
+def _answer(gurobi: Any, model: Any, problem: Problem) -> Answer:
     if model.Status == gurobi.GRB.INFEASIBLE:
         return Answer(Status.INFEASIBLE)
     if model.Status == gurobi.GRB.UNBOUNDED:
@@ -86,6 +89,7 @@ def _answer(gurobi: Any, model: Any) -> Answer:
     bound = model.ObjVal if is_optimal else -inf
     if model.IsMIP:
         bound = _infinite(model.ObjBound)
+    bound = problem.proven(bound)
     if not model.SolCount:
         return Answer(Status.NO_SOLUTION, None, bound)
     return Answer(Status.OPTIMAL if is_optimal else Status.FEASIBLE, np.array(model.getAttr("X")), bound)

@@ -21,7 +21,13 @@ _TOLERANCE = 1e-9  # of integers and of rows; the default, 1e-6, times a size of
 
 
 def solve(problem: Problem, run: Run) -> Answer:
-    """Minimize ``problem``. What a hint leaves open is searched for; the threads are those of the whole process."""
+    """Minimize ``problem``. What a hint leaves open is searched for; ``threads`` is for the whole process.
+
+    Raises
+    ------
+    InvalidModelError
+        A coefficient is too large for it.
+    """
     highspy = imported(PACKAGE)
     highs = _silent(highspy)
     if run.threads:
@@ -35,7 +41,8 @@ def solve(problem: Problem, run: Run) -> Answer:
         "time_limit": run.seconds_left,
     }.items():
         highs.setOptionValue(option, value)
-    highs.passModel(_linear_program(problem))
+    if highs.passModel(_linear_program(highspy, problem)) == highspy.HighsStatus.kError:
+        raise InvalidModelError("HiGHS cannot take this model: coefficients of 1e15 and more are too large for it")
     hinted = np.flatnonzero(~np.isnan(problem.hint)).astype(np.int32)
     if len(hinted):
         highs.setSolution(len(hinted), hinted, problem.hint[hinted])
@@ -55,7 +62,7 @@ def write(problem: Problem, path: Path) -> None:
     """Write ``problem`` to a file, in the format that its name ends with: ``.lp`` or ``.mps``."""
     highspy = imported(PACKAGE)
     highs = _silent(highspy)
-    program = _linear_program(problem)
+    program = _linear_program(highspy, problem)
     program.col_names_, program.row_names_ = list(problem.variables), list(problem.rows)
     highs.passModel(program)
     if highs.writeModel(str(path)) != highspy.HighsStatus.kOk:
@@ -71,8 +78,7 @@ def _silent(highspy: Any) -> Any:
     return Silent()
 
 
-def _linear_program(problem: Problem) -> Any:
-    highspy = imported(PACKAGE)
+def _linear_program(highspy: Any, problem: Problem) -> Any:
     program = highspy.HighsLp()
     program.num_row_, program.num_col_ = problem.matrix.shape
     program.col_cost_, program.col_lower_, program.col_upper_ = problem.cost, problem.lower, problem.upper
@@ -101,6 +107,7 @@ def _answer(highspy: Any, highs: Any, problem: Problem, run: Run) -> Answer:
     bound = info.mip_dual_bound
     if not problem.is_integer.any():
         bound = info.objective_function_value if is_optimal else -inf
+    bound = problem.proven(bound)
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return Answer(Status.NO_SOLUTION, None, bound)
     return Answer(Status.OPTIMAL if is_optimal else Status.FEASIBLE, np.array(highs.getSolution().col_value), bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import fsum
+from math import fsum, isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 EXACT = 2.0**53  # integers below it are exact in floats, and so are their sums
-_ABSOLUTE, _RELATIVE = 1e-6, 1e-9  # by how much a row may be off where it is not of integers alone
+_ABSOLUTE, _RELATIVE = 1e-6, 1e-9  # the errors of solvers that compute in floats: of a row, and of a sum
 
 
 @dataclass(slots=True)
@@ -97,9 +97,20 @@ class Problem:
     def objective(self, values: Floats) -> int | float:
         """What ``values`` cost: an int, and exact, where everything that costs is an integer."""
         costly = np.flatnonzero(self.cost)
-        if self.is_integer[costly].all() and not _is_fraction(self.cost).any():
+        if self._costs_integers:
             return _exact_sum(self.cost[costly], values[costly])
         return fsum(self.cost[costly] * values[costly])
+
+    def proven(self, bound: float) -> float:
+        """A bound computed in floats, as far as it is sure: without their errors, and an integer if costs are."""
+        if not isfinite(bound):
+            return bound
+        lower = bound - _RELATIVE * max(1.0, abs(bound))
+        return float(np.ceil(lower)) if self._costs_integers else lower
+
+    @property
+    def _costs_integers(self) -> bool:
+        return bool(self.is_integer[self.cost != 0].all() and not _is_fraction(self.cost).any())
 
     @property
     def _row_of_entry(self) -> Integers:

@@ -14,7 +14,7 @@ __all__ = ["Result", "Status"]
 class Status(Enum):
     """How a search ended."""
 
-    OPTIMAL = "optimal"  # within the gap that was asked for
+    OPTIMAL = "optimal"  # within the gap that was asked for; or 1e-8, from solvers that compute in floats
     FEASIBLE = "feasible"  # stopped with a solution
     NO_SOLUTION = "no solution"  # stopped without one
     INFEASIBLE = "infeasible"  # there is none
@@ -29,7 +29,7 @@ class Result:
     status: Status
     values: Floats | None  # of all variables, integers among them exact; None: no solution
     objective: int | float  # of the values, an int where everything that costs is one; inf: no solution
-    bound: float  # no solution is below; as precise as the solver's arithmetic
+    bound: float  # no solution is below; lower by the errors of solvers that compute in floats
     seconds: float  # including the time to load the solver and the model
     solver: str
     note: str = ""  # what else there is to know: solvers that were passed over, the row that was broken
