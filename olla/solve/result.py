@@ -17,7 +17,7 @@ class Status(Enum):
     OPTIMAL = "optimal"  # within the gap that was asked for; or 1e-8, from solvers that compute in floats
     FEASIBLE = "feasible"  # stopped with a solution
     NO_SOLUTION = "no solution"  # stopped without one
-    INFEASIBLE = "infeasible"  # there is none
+    INFEASIBLE = "infeasible"  # there is none; solvers in floats can err, with coefficients beyond 2**30
     UNBOUNDED = "unbounded"  # there is always a better one
     INEXACT = "inexact"  # the solver's solution breaks a row once integers are integers
 
