@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 
 BENCH = ["pandas>=2.2,<4", "torchvision>=0.26,<0.30", "transformers>=5,<6"]
 DRAW = ["matplotlib>=3.8,<4"]
+HIGHS = ["highspy>=1.11,<2"]
+CPSAT = ["ortools>=9.15,<10"]
+GUROBI = ["gurobipy>=13,<14"]
 CHECK = ["import-linter>=2.3,<3", "mypy>=1.18,<3", "ruff>=0.14,<1"]
 
 setup(
@@ -23,7 +26,10 @@ setup(
     extras_require={
         "bench": BENCH,
         "check": CHECK,
+        "cpsat": CPSAT,
         "draw": DRAW,
-        "test": [*BENCH, *DRAW, "hypothesis>=6.100,<7", "networkx>=3.2,<4"],
+        "gurobi": GUROBI,
+        "highs": HIGHS,
+        "test": [*BENCH, *DRAW, *HIGHS, *CPSAT, *GUROBI, "hypothesis>=6.100,<7", "networkx>=3.2,<4"],
     },
 )

@@ -17,9 +17,11 @@ from olla.errors import (
     InfeasibleError,
     InvalidBuffersError,
     InvalidGraphError,
+    InvalidModelError,
     InvalidPlanError,
     OllaError,
     OutOfMemoryError,
+    SolverUnavailableError,
 )
 from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Placement, Plan, Schedule
@@ -40,6 +42,7 @@ __all__ = [
     "InfeasibleError",
     "InvalidBuffersError",
     "InvalidGraphError",
+    "InvalidModelError",
     "InvalidPlanError",
     "Measurement",
     "OllaError",
@@ -48,6 +51,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Schedule",
+    "SolverUnavailableError",
     "Step",
     "Storage",
     "allocate",

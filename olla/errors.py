@@ -3,13 +3,15 @@
 ::
 
     OllaError
-    ├── CaptureError        the model, its inputs or its optimizer cannot be captured
-    ├── InvalidGraphError   a dataflow graph contradicts itself
-    ├── InvalidBuffersError buffers to place contradict themselves
-    ├── InvalidPlanError    a plan does not fit its graph, or claims what is not true
-    ├── InfeasibleError     what was asked for does not fit
-    ├── OutOfMemoryError    a modelled allocator has no room for a request
-    └── ExecutionError      a planned step cannot run as it was called
+    ├── CaptureError           the model, its inputs or its optimizer cannot be captured
+    ├── InvalidGraphError      a dataflow graph contradicts itself
+    ├── InvalidBuffersError    buffers to place contradict themselves
+    ├── InvalidModelError      an integer program contradicts itself, or its solver cannot take it
+    ├── InvalidPlanError       a plan does not fit its graph, or claims what is not true
+    ├── InfeasibleError        what was asked for does not fit
+    ├── OutOfMemoryError       a modelled allocator has no room for a request
+    ├── SolverUnavailableError a solver is not installed, or has no licence for a model
+    └── ExecutionError         a planned step cannot run as it was called
 """
 
 __all__ = [
@@ -18,9 +20,11 @@ __all__ = [
     "InfeasibleError",
     "InvalidBuffersError",
     "InvalidGraphError",
+    "InvalidModelError",
     "InvalidPlanError",
     "OllaError",
     "OutOfMemoryError",
+    "SolverUnavailableError",
 ]
 
 
@@ -59,6 +63,14 @@ class InfeasibleError(OllaError):
 
 class OutOfMemoryError(OllaError):
     """A modelled allocator has no room for a request; the message says what it holds. A device was not asked."""
+
+
+class InvalidModelError(OllaError):
+    """An integer program contradicts itself, or its solver cannot take it; the message names a variable or a row."""
+
+
+class SolverUnavailableError(OllaError):
+    """A solver is not installed, or has no licence for this model; the message says what to do."""
 
 
 class InvalidPlanError(OllaError):
