@@ -122,8 +122,9 @@ class CommandLineTest(unittest.TestCase):
         self.addCleanup(os.chdir, Path.cwd())
         os.chdir(self.folder)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
+            names = {"olla": olla}
             for block in python:
-                exec(block, {"olla": olla})
+                exec(block, names)
         self.assertEqual(printed.getvalue(), "(0, 1, 2) 2048 2048\n(0, 4096) 5120 5120\n")
         example = next(block.removeprefix("json\n") for block in blocks if block.startswith("json\n"))
         (self.folder / "example.json").write_text(example)

@@ -54,6 +54,9 @@ def solve(problem: Problem, run: Run) -> Answer:
             callback.subscribe(listen)
     highs.HandleUserInterrupt = True
     run.until_stopped(highs.solve, highs.cancelSolve)
+    if highs.getModelStatus() == highspy.HighsModelStatus.kSolveError:
+        highs.setOptionValue("presolve", "off")  # which, in 1.16, now and then cannot undo its own reductions
+        run.until_stopped(highs.solve, highs.cancelSolve)
     return _answer(highspy, highs, problem, run)
 
 

@@ -99,8 +99,9 @@ def _suited(problem: Problem) -> list[str]:
     """The solvers that are there and can take the model, the most suited one first.
 
     CP-SAT proved orders of 20 ops in 0.1 to 0.4 s (HiGHS: 2.6 to 3.8; Gurobi: 0.4 to 1.6), and 100,000 variables in
-    rows like those of an order in 10 s (HiGHS: 55 s). Of 100,000 loose knapsacks HiGHS is the better judge: after a minute,
-    it was within 3 %, and CP-SAT within 39 %. Gurobi with a licence could not be measured; who has paid for it wants it.
+    rows like those of an order in 10 s (HiGHS: 55 s). Of 100,000 loose knapsacks HiGHS is the better judge: after a
+    minute, it was within 3 %, and CP-SAT within 39 %. Gurobi with a licence could not be measured; who has paid for it
+    wants it.
     """
     order = ["cpsat", "highs"] if problem.fraction is None else ["highs"]
     order.insert(0 if _is_licensed() else len(order), "gurobi")

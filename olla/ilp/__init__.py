@@ -1,0 +1,7 @@
+"""The paper's integer program, for any solver: the exact reference by which every heuristic is judged."""
+
+from olla.ilp.address_form import address
+from olla.ilp.joint_form import joint
+from olla.ilp.order_form import order
+
+__all__ = ["address", "joint", "order"]

@@ -1,0 +1,127 @@
+"""The joint form: order and addresses in one model, for the smallest arena that any order allows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from olla.graph.graph import Graph, Storage
+from olla.graph.lifetimes import live_intervals, peak_bytes
+from olla.graph.plan import Addresses, Plan, Schedule, Workspace
+from olla.ilp.families import (
+    ORDER,
+    arena,
+    certainly_apart,
+    certainly_together,
+    one_above_the_other,
+    resident_set,
+    together,
+)
+from olla.ilp.program import Program, proven_bytes
+from olla.order.problem import Integers, Problem
+from olla.order.schedule import schedule
+from olla.place.place import place
+from olla.solve import solve
+
+__all__ = ["joint"]
+
+_TWO_PHASES = 0.25  # of the time limit, each: for the order, and then the addresses, that the solver starts from
+
+
+def joint(graph: Graph, *, solver: str = "auto", time_limit: float = 60.0) -> Plan:
+    """The plan with the smallest arena that a solver finds, over all orders; ``arena_lower_bound_bytes`` is proven.
+
+    For graphs of some tens of ops: a binary for each pair of storages and each op and step. The
+    solver starts from the planners' order, and their addresses for it.
+
+    Raises
+    ------
+    SolverUnavailableError
+        If the solver is not installed, or has no licence for a model of this size.
+    """
+    started = time.perf_counter()
+    known = schedule(graph, time_limit=_TWO_PHASES * time_limit)
+    start = place(graph, known.order, alignment=1, time_limit=_TWO_PHASES * time_limit)
+    form = _JointForm(graph, known.order, start)
+    result = solve(form.program.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
+    assert result.values is not None, "the planners' plan is a solution"
+    order = tuple(op for op in form.program.order(result.values) if op < len(graph.ops))
+    addresses = form.addresses(order, result.values, proven_bytes(result, form.program.unit))
+    peak = peak_bytes(graph, order)
+    method, seconds = f"integer program ({result.solver})", time.perf_counter() - started
+    return Plan.of(graph, Schedule(order, peak, min(peak, known.lower_bound_bytes), method, seconds), addresses)
+
+
+class _JointForm:
+    """The model; every storage that is no output, and every workspace, has an address."""
+
+    def __init__(self, graph: Graph, order: tuple[int, ...], start: Addresses) -> None:
+        self._graph = graph
+        self._solid = _with_workspaces_as_storages(graph)
+        self._own = [index for index, storage in enumerate(self._solid.storages) if not storage.persistent]
+        program = self.program = Program(Problem.of(self._solid))
+        for family in ORDER:
+            family(program)
+        outputs = np.isin(self._own, graph.outputs)
+        self._inside = np.nonzero(~outputs)[0]
+        sizes = (program.problem.sizes // program.unit)[self._inside]
+        top = -(-start.arena_bytes // program.unit)
+        self._offsets = program.model.integers("address", len(sizes), 0, np.maximum(0, top - sizes))
+        size = program.model.integers("arena", 1, 0, top)
+        one, other = self._pairs(sizes)
+        below, above = program.model.binaries("below", len(one)), program.model.binaries("above", len(one))
+        steps = np.ones(len(sizes), np.int64)
+        one_above_the_other(program.model, self._offsets, steps, sizes, one, other, below, above, top)
+        storages = self._inside[one], self._inside[other]
+        together(program, *storages, below, above, certainly_together(program, *storages))
+        arena(program.model, self._offsets, steps, sizes, int(size[0]))
+        resident_set(program, int(size[0]), self._inside)  # follows from the rest, but not in a relaxation
+        program.model.minimize(size, [1])
+        columns, values = program.values_of(np.array([*order, len(order)]))
+        at = self._placed(order, start)
+        program.model.hint(
+            np.concatenate([columns, self._offsets, size, below, above]),
+            np.concatenate([values, at, [top], at[one] + sizes[one] <= at[other], at[other] + sizes[other] <= at[one]]),
+        )
+
+    def _pairs(self, sizes: Integers) -> tuple[Integers, Integers]:
+        """Pairs of what may be alive together, as positions in ``_inside``."""
+        one, other = np.triu_indices(len(sizes), 1)
+        apart = certainly_apart(self.program, self._inside[one], self._inside[other])
+        wanted = (sizes[one] > 0) & (sizes[other] > 0) & ~apart
+        return one[wanted], other[wanted]
+
+    def _placed(self, order: tuple[int, ...], start: Addresses) -> Integers:
+        """The offsets that the planners have found, in units."""
+        at = {
+            life.storage: offset for life, offset in zip(live_intervals(self._graph, order), start.offsets, strict=True)
+        }
+        for step, offset, _ in start.workspaces:
+            at[self._solid.ops[order[step]].creates[-1]] = offset
+        return np.array([at[self._own[storage]] for storage in self._inside], np.int64) // self.program.unit
+
+    def addresses(self, order: tuple[int, ...], values: npt.NDArray[np.float64], bound: int) -> Addresses:
+        """Where everything is in a solution."""
+        found = values[self._offsets].astype(np.int64) * self.program.unit
+        at = {self._own[storage]: int(offset) for storage, offset in zip(self._inside, found, strict=True)}
+        workspaces = tuple(
+            Workspace(step, at[self._solid.ops[op].creates[-1]], self._graph.ops[op].workspace)
+            for step, op in enumerate(order)
+            if self._graph.ops[op].workspace
+        )
+        top = max((offset + self._solid.storages[storage].size for storage, offset in at.items()), default=0)
+        offsets = tuple(at.get(life.storage) for life in live_intervals(self._graph, order))
+        return Addresses(offsets, workspaces, top, min(bound, top))
+
+
+def _with_workspaces_as_storages(graph: Graph) -> Graph:
+    """The same graph with a storage for each workspace, which its op creates and no other touches."""
+    storages, ops = list(graph.storages), []
+    for op in graph.ops:
+        own = (len(storages),) if op.workspace else ()
+        storages += [Storage(f"workspace of {op.name}", op.workspace) for _ in own]
+        ops.append(replace(op, creates=op.creates + own, workspace=0))
+    return replace(graph, ops=tuple(ops), storages=tuple(storages))
