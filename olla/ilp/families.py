@@ -180,7 +180,8 @@ def _dead_before(program: Program, one: Integers, other: Integers) -> Booleans:
 
 def _possible(alive: Integers, storages: Integers) -> Booleans:
     created, kept = alive[:, storages] >= 0
-    return np.logical_or(created, kept)
+    possible: Booleans = created | kept
+    return possible
 
 
 def arena(model: Model, offsets: Integers, steps: Integers, sizes: Integers, arena_size: int) -> None:
