@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -163,7 +164,7 @@ class Execution:
 
     def _give_up(self, reason: str) -> None:
         self.not_executed = reason
-        self.draft = Draft(self.draft.traced, self.draft.lowered, self.draft.plan.at(None), self.draft.capture_seconds)
+        self.draft = replace(self.draft, plan=self.draft.plan.at(None))
         log.warning("the step runs in its planned order, but not at planned addresses: %s", reason)
 
     def _emit(self, watch: Watch | None = None) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""The stages in order, and the object that the user holds."""
+"""The object that the user holds: one plan for each way in which it is called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import Self
 
 from olla.capture.program import Program
 from olla.capture.restore import Snapshot, random_state
@@ -95,7 +94,7 @@ class Step:
         self._closed = True
         self._arena.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Step:
         return self
 
     def __exit__(self, *error: object) -> None:

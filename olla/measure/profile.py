@@ -82,7 +82,16 @@ class _Watcher(TorchDispatchMode):
     ) -> Any:
         self._clock.tell(len(self.names))
         self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+        self._begin()
+        result = func(*args, **(kwargs or {}))
+        self._end()
+        return result
+
+    def _begin(self) -> None:
+        """What is to be done before an operator."""
+
+    def _end(self) -> None:
+        """What is to be done after it."""
 
 
 class _CudaWatcher(_Watcher):
@@ -93,19 +102,13 @@ class _CudaWatcher(_Watcher):
         self._device = device
         self._before = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def _begin(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _end(self) -> None:
         allocated, reserved = self._before
         peak = torch.cuda.max_memory_allocated(self._device) - allocated
         self.figures.append((peak, torch.cuda.memory_reserved(self._device) - reserved))
-        return result
 
 
 def _most_allocated(events: Sequence[tuple[int, int, int, int]], ops: int) -> list[int]:

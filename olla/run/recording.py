@@ -52,8 +52,3 @@ class Recording:
         lives = {(position, address): (position, storage) for (position, storage), address in seen.items()}
         storages = {latest[key]: life for key, life in lives.items() if key in latest}
         return cls(allocations, storages, peaks)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes that were alive at once."""
-        return max(self.peaks.values(), default=0)
