@@ -299,10 +299,11 @@ def _profile(row: Row, options: argparse.Namespace) -> None:
     row.measured_eager_bytes, row.measured_planned_bytes = eager.peak_allocated_bytes, planned.peak_allocated_bytes
     row.reserved_eager_bytes, row.reserved_planned_bytes = _reserved(eager), _reserved(planned)
     lives = lifetimes_of(planned.events)
-    offsets, row.arena_bytes, bound = pack(lives, alignment=512, time_limit=_PLACING_SECONDS)
-    row.fragmentation = 1 - bound / row.arena_bytes if row.arena_bytes else 0.0
+    packed = pack(lives, alignment=512, time_limit=_PLACING_SECONDS)
+    row.arena_bytes = packed.arena_bytes
+    row.fragmentation = 1 - packed.lower_bound_bytes / packed.arena_bytes if packed.arena_bytes else 0.0
     if options.profile_alloc_time:
-        row.allocation_seconds, row.arena_allocation_seconds = time_allocations(planned.events, lives, offsets)
+        row.allocation_seconds, row.arena_allocation_seconds = time_allocations(planned.events, lives, packed.offsets)
     _write_ops(row, {"eager": eager, "planned": planned}, options.log_path.with_suffix(".ops.csv"))
 
 

@@ -15,6 +15,7 @@ from olla.errors import CaptureError
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.planning import Options
+from olla.solve import require
 from olla.step import Step
 
 __all__ = ["optimize", "optimize_step", "plan", "to_graph"]
@@ -31,6 +32,7 @@ def optimize(
     optimizer: Optimizer | None = None,
     reorder: bool = True,
     place: bool = True,
+    solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Step:
@@ -58,8 +60,12 @@ def optimize(
     place
         Whether to run at planned addresses, in one arena (on Linux, with a C++ compiler; else the
         report says why not). False: PyTorch's allocator decides.
+    solver
+        A solver of integer programs (``"gurobi"``, ``"cpsat"``, ``"highs"``, ``"auto"``: what is there), to improve
+        what the planners leave open: orders not proven to be best, and fragmentation, where the graph is small enough.
+        They leave little, so None is fine.
     time_limit
-        Seconds for planning; the best plan so far is used.
+        Seconds for planning, and for each program that a solver is given; the best plan so far is used.
     progress
         Show a progress line; by default on a terminal only.
 
@@ -74,12 +80,15 @@ def optimize(
     ------
     CaptureError
         If the step cannot be captured; nothing was changed.
+    SolverUnavailableError
+        If the solver is not installed.
     """
+    options = _options(reorder, place, solver, time_limit, progress)
     program = _program(model, loss_fn, targets, optimizer)
     args, kwargs = _arguments(inputs, targets)
     step = Step(
         program,
-        options=Options(reorder, place, time_limit, progress),
+        options=options,
         closure_of=optimizer if optimizer is not None and needs_closure(optimizer) else None,
     )
     step.prepare(*args, **kwargs)
@@ -94,6 +103,7 @@ def optimize_step(
     optimizer: Optimizer | Sequence[Optimizer] = (),
     reorder: bool = True,
     place: bool = True,
+    solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Step:
@@ -108,7 +118,7 @@ def optimize_step(
         An example of its arguments: a tuple or list, or a dict of keyword arguments.
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
-    reorder, place, time_limit, progress
+    reorder, place, solver, time_limit, progress
         As for :func:`optimize`.
 
     Returns
@@ -124,10 +134,11 @@ def optimize_step(
     """
     if isinstance(example_args, Tensor):
         raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
+    options = _options(reorder, place, solver, time_limit, progress)
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
-    step = Step(Program(function, modules, optimizers), options=Options(reorder, place, time_limit, progress))
+    step = Step(Program(function, modules, optimizers), options=options)
     args, kwargs = _arguments(example_args, None)
     step.prepare(*args, **kwargs)
     return step
@@ -142,6 +153,7 @@ def plan(
     optimizer: Optimizer | None = None,
     reorder: bool = True,
     place: bool = True,
+    solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Plan:
@@ -156,7 +168,7 @@ def plan(
     CaptureError
         If the step cannot be captured.
     """
-    options = Options(reorder, place, time_limit, progress)
+    options = _options(reorder, place, solver, time_limit, progress)
     step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.plan_for(*args, **kwargs)
@@ -182,6 +194,12 @@ def to_graph(
     step = Step(_program(model, loss_fn, targets, optimizer), options=Options(progress=False))
     args, kwargs = _arguments(inputs, targets)
     return step.graph_for(*args, **kwargs)
+
+
+def _options(reorder: bool, place: bool, solver: str | None, time_limit: float, progress: bool | None) -> Options:
+    if solver is not None:
+        require(solver)
+    return Options(reorder, place, solver, time_limit, progress)
 
 
 def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

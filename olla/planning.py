@@ -15,8 +15,9 @@ from olla.graph.check import verify
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import live_intervals, memory_profile, peak_bytes
 from olla.graph.plan import Addresses, Plan, Schedule, Workspace
+from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
-from olla.place.place import pack, place
+from olla.place.place import ALIGNMENT, pack, place
 from olla.run.recording import Recording
 from olla.show.progress import stage
 
@@ -32,6 +33,7 @@ class Options:
 
     reorder: bool = True
     place: bool = True
+    solver: str | None = None
     time_limit: float = 60.0
     progress: bool | None = None
 
@@ -83,9 +85,7 @@ def _with_whole_gradients(lowered: Lowered, order: Sequence[int]) -> Lowered:
 def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
     """The draft placed before it has ever run, with the workspaces that are expected."""
     graph, plan = drafted.lowered.graph, drafted.plan
-    with stage("placing", options.progress):
-        addresses = place(graph, plan.order, time_limit=options.time_limit * _PLACING)
-    plan = plan.at(addresses)
+    plan = _placed(graph, plan, options)
     verify(graph, plan)
     return replace(drafted, plan=plan)
 
@@ -99,6 +99,8 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
     if peak <= found.peak_bytes or not reorder:
         found = replace(found, order=order, peak_bytes=peak, method=drafted.plan.method)
     plan = Plan.of(graph, replace(found, seconds=found.seconds + drafted.plan.seconds))
+    if options.solver and options.place and reorder:
+        plan = _placed(graph, plan, options).at(None)  # perhaps another order has a smaller arena
     verify(graph, plan)
     return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
 
@@ -119,8 +121,13 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     inside = [allocation for allocation in recording.allocations if allocation.end is not None]
     intervals = [(a.start, a.end, a.size) for a in inside if a.end is not None]
     with stage(f"placing {len(inside):,} allocations", options.progress):
-        found, arena_bytes, bound = pack(intervals, alignment=alignment, time_limit=options.time_limit * _PLACING)
-    placed = iter(found)
+        found = pack(intervals, alignment=alignment, time_limit=options.time_limit * _PLACING)
+    if options.solver:
+        with stage(f"placing with {options.solver}", options.progress):
+            found = improved_placement(
+                intervals, found, alignment=alignment, solver=options.solver, time_limit=options.time_limit
+            )
+    placed = iter(found.offsets)
     offsets = [OUTSIDE if a.end is None else next(placed) for a in recording.allocations]
     graph, order = drafted.lowered.graph, drafted.plan.order
     of_life = {life: offsets[index] for index, life in recording.storages.items()}
@@ -135,8 +142,8 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     addresses = Addresses(
         offsets=tuple(None if offset == OUTSIDE else offset for offset in at),
         workspaces=tuple(workspaces),
-        arena_bytes=arena_bytes,
-        lower_bound_bytes=bound,
+        arena_bytes=found.arena_bytes,
+        lower_bound_bytes=found.lower_bound_bytes,
     )
     plan = drafted.plan.at(addresses)
     verify(graph, plan)
@@ -147,4 +154,18 @@ def _ordered(graph: Graph, options: Options) -> Schedule:
     if not options.reorder:
         return program_order(graph)
     with stage(f"ordering {len(graph.ops):,} ops", options.progress):
-        return schedule(graph, time_limit=options.time_limit)
+        found = schedule(graph, time_limit=options.time_limit)
+    if options.solver is None:
+        return found
+    with stage(f"ordering with {options.solver}", options.progress):
+        return improved_order(graph, found, solver=options.solver, time_limit=options.time_limit)
+
+
+def _placed(graph: Graph, plan: Plan, options: Options) -> Plan:
+    """The plan with addresses for the workspaces of the graph; a solver may find another order, too."""
+    with stage("placing", options.progress):
+        plan = plan.at(place(graph, plan.order, time_limit=options.time_limit * _PLACING))
+    if options.solver is None or not options.reorder:
+        return plan
+    with stage(f"ordering and placing with {options.solver}", options.progress):
+        return improved_plan(graph, plan, alignment=ALIGNMENT, solver=options.solver, time_limit=options.time_limit)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from olla import Graph, InvalidPlanError, Op, Plan, Storage
 from olla.graph.check import ViolationKind, check, verify
 from olla.graph.lifetimes import live_intervals, peak_bytes
-from olla.graph.plan import Addresses, Schedule, Workspace, extra_runs
+from olla.graph.plan import Addresses, Schedule, Spill, Workspace, extra_runs
 
 
 def plan_for(graph: Graph, order: tuple[int, ...], addresses: Addresses | None = None) -> Plan:
@@ -167,6 +167,34 @@ class CheckTest(unittest.TestCase):
     def test_a_workspace_may_be_where_the_result_comes_later_but_not_count_it(self) -> None:
         self.assertEqual(self.working(Workspace(1, 2, 5), arena=7), set())
         self.assertEqual(self.working(Workspace(1, 2, 4), arena=6), {ViolationKind.WRONG_WORKSPACES})
+
+    def spilled(self, *spills: Spill, peak: int = 14) -> set[ViolationKind]:
+        """Lives: start [0, 4), wide [1, 3), small [2, 5), narrow [3, 5), end [4, 6)."""
+        order = (0, 1, 3, 2, 4, 5)
+        return self.kinds(diamond(), replace(plan_for(diamond(), order), spills=spills, peak_bytes=peak))
+
+    def test_a_spill_makes_room(self) -> None:
+        self.assertEqual(self.spilled(Spill(1, 2, 3), peak=14), set())
+        self.assertEqual(self.spilled(Spill(1, 2, 3), peak=15), {ViolationKind.WRONG_PEAK})
+
+    def test_a_spill_is_within_one_life_and_waited_for(self) -> None:
+        self.assertEqual(self.spilled(Spill(1, 0, 1)), {ViolationKind.WRONG_SPILL})
+        self.assertEqual(self.spilled(Spill(1, 3, 3)), {ViolationKind.WRONG_SPILL})
+        self.assertEqual(self.spilled(Spill(1, 2, 4)), {ViolationKind.WRONG_SPILL})
+        self.assertEqual(self.spilled(Spill(0, 2, 3)), {ViolationKind.WRONG_SPILL})
+        self.assertEqual(self.spilled(Spill(1, 2, 3), Spill(1, 2, 3)), {ViolationKind.WRONG_SPILL})
+        self.assertEqual(self.spilled(Spill(5, 5, 7)), {ViolationKind.WRONG_SPILL})
+
+    def test_what_is_away_cannot_be_used(self) -> None:
+        self.assertIn(ViolationKind.ABSENT_STORAGE, self.spilled(Spill(1, 1, 3)))
+
+    def test_what_comes_back_has_a_place_of_its_own(self) -> None:
+        plan = replace(plan_for(diamond(), self.order), spills=(Spill(1, 2, 3),), peak_bytes=14)
+        # start [4, 8), wide [8, 18), small [0, 1), start again [4, 8), narrow [1, 2), end [2, 4)
+        placed = replace(plan, offsets=(4, 8, 0, 4, 1, 2), arena_bytes=18, arena_lower_bound_bytes=14)
+        self.assertEqual(self.kinds(diamond(), placed), set())
+        self.assertEqual(self.kinds(diamond(), replace(placed, offsets=(4, 8, 0, 1, 2))), {ViolationKind.WRONG_OFFSETS})
+        self.assertEqual(self.kinds(diamond(), replace(placed, offsets=(4, 8, 0, 0, 1, 2))), {ViolationKind.OVERLAP})
 
     def test_every_kind_of_violation_is_tested_here(self) -> None:
         text = Path(__file__).read_text()

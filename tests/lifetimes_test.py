@@ -5,8 +5,8 @@ import unittest
 from graphs import diamond, graphs
 from hypothesis import given
 
-from olla import Graph
-from olla.graph.lifetimes import LiveInterval, live_intervals, memory_profile, peak_bytes
+from olla import Graph, InvalidPlanError, Op, Storage
+from olla.graph.lifetimes import LiveInterval, Spill, live_intervals, memory_profile, peak_bytes
 
 
 class LifetimesTest(unittest.TestCase):
@@ -38,6 +38,23 @@ class LifetimesTest(unittest.TestCase):
         graph = diamond()
         kept = Graph(graph.ops, graph.storages, outputs=(1,))
         self.assertEqual(live_intervals(kept, range(6))[0], LiveInterval(1, 0, 6))
+
+    def test_what_is_spilled_has_a_life_before_and_one_after(self) -> None:
+        order, spill = (0, 1, 3, 2, 4, 5), Spill(1, 2, 3)
+        lives = [life for life in live_intervals(diamond(), order, (spill,)) if life.storage == 1]
+        self.assertEqual(lives, [LiveInterval(1, 0, 2), LiveInterval(1, 3, 4)])
+        self.assertEqual(memory_profile(diamond(), order, (spill,)), (4, 14, 11, 6, 4, 2))
+        self.assertEqual(peak_bytes(diamond(), order, (spill,)), 14)
+
+    def test_an_output_may_come_back_in_the_end_and_still_needs_its_bytes(self) -> None:
+        graph = Graph((Op("a", creates=(0,)), Op("b", creates=(1,))), (Storage("x", 4), Storage("y", 8)), (0, 1))
+        self.assertEqual(memory_profile(graph, (0, 1), (Spill(0, 1, 2),)), (4, 8))
+        self.assertEqual(peak_bytes(graph, (0, 1), (Spill(0, 1, 2),)), 12)
+
+    def test_only_what_waits_can_be_spilled(self) -> None:
+        for spill in (Spill(1, 0, 1), Spill(1, 3, 4), Spill(0, 1, 2)):
+            with self.assertRaisesRegex(InvalidPlanError, f"storage {spill.storage} cannot be spilled"):
+                live_intervals(diamond(), (0, 1, 3, 2, 4, 5), (spill,))
 
     def test_nothing_needs_nothing(self) -> None:
         self.assertEqual(peak_bytes(Graph((), ()), ()), 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from graphs import diamond
 
 from olla import InvalidPlanError, Plan
-from olla.graph.plan import Addresses, Schedule, Workspace, extra_runs
+from olla.graph.plan import Addresses, Schedule, Spill, Workspace, extra_runs
 
 ADDRESSES = Addresses((0, 4, None, 0, 1), (Workspace(2, 12, 8),), 20, 15)
 
@@ -40,7 +40,10 @@ class PlanTest(unittest.TestCase):
     def test_json_round_trip(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "plan.json"
-            for plan in (example(), example(ADDRESSES)):
+            spilled = Plan.of(
+                diamond(), Schedule((0, 1, 3, 2, 4, 5), 14, 14, "by hand", 0.5, (Spill(1, 2, 3),), 0.25, 0.125)
+            )
+            for plan in (example(), example(ADDRESSES), spilled):
                 plan.save(path)
                 self.assertEqual(Plan.load(path), plan)
 
@@ -56,6 +59,9 @@ class PlanTest(unittest.TestCase):
             {**good, "offsets": 3},
             {**good, "offsets": ["0"]},
             {**good, "workspaces": [[1, 2]]},
+            {**good, "spills": [[1, 2]]},
+            {**good, "spills": 3},
+            {**good, "extra_seconds": "1"},
             {**good, "workspaces": [[1, 2, "3"]]},
             {**good, "surprise": 1},
             {key: value for key, value in good.items() if key != "method"},

@@ -364,7 +364,7 @@ class SolverTest(unittest.TestCase):
             self.assertEqual(solve(model).solver, "highs")
 
     def test_there_is_no_other_solver(self) -> None:
-        with self.assertRaisesRegex(ValueError, "auto, cpsat, gurobi, highs"):
+        with self.assertRaisesRegex(SolverUnavailableError, "auto, cpsat, gurobi, highs"):
             solve(Model(), "abacus")
 
     def test_a_missing_package_says_how_to_install_it(self) -> None:

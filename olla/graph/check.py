@@ -12,7 +12,7 @@ from enum import Enum
 
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
-from olla.graph.plan import Plan
+from olla.graph.plan import Plan, Spill
 
 __all__ = ["Violation", "ViolationKind", "check", "verify"]
 
@@ -26,6 +26,7 @@ class ViolationKind(Enum):
     UNDECLARED_REPEAT = "an op runs again without being declared as recomputed, or the reverse"
     REPEATED_EFFECT = "an op that changes persistent state, or draws random numbers, runs twice"
     ABSENT_STORAGE = "an op touches a storage that is not in memory"
+    WRONG_SPILL = "a storage is spilled where there is nothing to spill, or nobody waits for its return"
     STALE_STORAGE = "an op touches a storage whose contents are older or newer than in program order"
     WRONG_PEAK = "the peak is not what the order needs"
     WRONG_BASELINE = "the baseline is not what program order needs"
@@ -63,6 +64,9 @@ def check(graph: Graph, plan: Plan) -> tuple[Violation, ...]:
     unknown = [op for op in plan.order if not 0 <= op < len(graph.ops)]
     if unknown:
         return (Violation(ViolationKind.UNKNOWN_OP, f"op {unknown[0]} of {len(graph.ops)}"),)
+    wrong = tuple(_spills(graph, plan))
+    if wrong:
+        return wrong
     return (*_completeness(graph, plan), *_contents(graph, plan), *_bytes(graph, plan), *_addresses(graph, plan))
 
 
@@ -78,6 +82,20 @@ def verify(graph: Graph, plan: Plan) -> None:
     if violations:
         shown = "; ".join(str(violation) for violation in violations[:3])
         raise InvalidPlanError(f"{len(violations)} violation(s): {shown}")
+
+
+def _spills(graph: Graph, plan: Plan) -> Iterator[Violation]:
+    """Every spill is inside of a life, and apart from other spills of it."""
+    free = _lives(graph, plan.order)
+    for storage, away, back in sorted(plan.spills):
+        for life in free:
+            last = life.end if storage in graph.outputs and life.end == len(plan.order) else life.end - 1
+            if life.storage == storage and life.start < away < back <= last:
+                life.start = back  # spills are sorted: others of this life come later
+                break
+        else:
+            where = f"storage {storage} from step {away} to {back} of {len(plan.order)}"
+            yield Violation(ViolationKind.WRONG_SPILL, where)
 
 
 def _completeness(graph: Graph, plan: Plan) -> Iterator[Violation]:
@@ -106,11 +124,12 @@ def _contents(graph: Graph, plan: Plan) -> Iterator[Violation]:
     """
     expected = _versions_in_program_order(graph)
     version = {index: 0 for index, storage in enumerate(graph.storages) if storage.persistent}
+    away = {(spill.storage, step) for spill in plan.spills for step in range(spill.start, spill.end)}
     for step, index in enumerate(plan.order):
         op = graph.ops[index]
         for storage in op.reads + op.writes:
             where = f"step {step}, {_op(graph, index)}, {_storage(graph, storage)}"
-            if storage not in version:
+            if storage not in version or (storage, step) in away:
                 yield Violation(ViolationKind.ABSENT_STORAGE, where)
             elif version[storage] != expected[index, storage]:
                 found = f"version {version[storage]} instead of {expected[index, storage]}"
@@ -138,7 +157,7 @@ def _versions_in_program_order(graph: Graph) -> dict[tuple[int, int], int]:
 
 
 def _bytes(graph: Graph, plan: Plan) -> Iterator[Violation]:
-    peak = _peak(graph, plan.order)
+    peak = _peak(graph, plan.order, plan.spills)
     if plan.peak_bytes != peak:
         yield Violation(ViolationKind.WRONG_PEAK, f"{plan.peak_bytes:,} bytes claimed, {peak:,} needed")
     if plan.lower_bound_bytes > peak:
@@ -151,13 +170,17 @@ def _bytes(graph: Graph, plan: Plan) -> Iterator[Violation]:
         yield Violation(ViolationKind.WRONG_PERSISTENT, f"{plan.persistent_bytes:,} claimed, {persistent:,} needed")
 
 
-def _peak(graph: Graph, order: tuple[int, ...]) -> int:
+def _peak(graph: Graph, order: tuple[int, ...], spills: tuple[Spill, ...] = ()) -> int:
     starting: list[int] = [0] * (len(order) + 1)
     ending: list[int] = [0] * (len(order) + 1)
     for life in _lives(graph, order):
         starting[life.start] += graph.storages[life.storage].size
         ending[life.end] += graph.storages[life.storage].size
-    peak = live = 0
+    for spill in spills:
+        ending[spill.start] += graph.storages[spill.storage].size
+        starting[spill.end] += graph.storages[spill.storage].size
+    live = 0
+    peak = sum(graph.storages[s].size for s in set(graph.outputs) if not graph.storages[s].persistent)  # in the end
     for step, index in enumerate(order):
         live += starting[step] - ending[step]
         peak = max(peak, live + graph.ops[index].workspace)
@@ -170,6 +193,12 @@ def _addresses(graph: Graph, plan: Plan) -> Iterator[Violation]:
             yield Violation(ViolationKind.WRONG_OFFSETS, "an arena without offsets")
         return
     lives = _lives(graph, plan.order)
+    for spill in plan.spills:
+        life = next(life for life in lives if life.storage == spill.storage and life.start < spill.start < life.end)
+        lives.append(_Life(spill.storage, spill.end, life.end))
+        life.end = spill.start
+    lives = [life for life in lives if life.start < life.end]
+    lives.sort(key=lambda life: (life.start, life.storage))
     if plan.arena_bytes is None or plan.arena_lower_bound_bytes is None or len(plan.offsets) != len(lives):
         yield Violation(ViolationKind.WRONG_OFFSETS, f"{len(plan.offsets)} offsets for {len(lives)} lives")
         return

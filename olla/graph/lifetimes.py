@@ -1,4 +1,4 @@
-"""When each storage is alive under a given order, and how many bytes that makes at each step.
+"""When each storage is in memory under a given order, and how many bytes that makes at each step.
 
 This is the reference: plain Python, written to be read. The planners use a compiled twin
 (``olla/order/problem.py``), which the tests hold against this one.
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
 
-__all__ = ["LiveInterval", "live_intervals", "memory_profile", "peak_bytes"]
+__all__ = ["LiveInterval", "Spill", "live_intervals", "memory_profile", "peak_bytes"]
 
 
 class LiveInterval(NamedTuple):
@@ -23,12 +24,28 @@ class LiveInterval(NamedTuple):
     end: int
 
 
-def live_intervals(graph: Graph, order: Sequence[int]) -> tuple[LiveInterval, ...]:
+class Spill(NamedTuple):
+    """A storage leaves the device: its bytes are elsewhere at the steps ``start <= step < end``, and then back.
+
+    An output may come back after the last step.
+    """
+
+    storage: int
+    start: int
+    end: int
+
+
+def live_intervals(graph: Graph, order: Sequence[int], spills: Sequence[Spill] = ()) -> tuple[LiveInterval, ...]:
     """Every life of every storage that is not persistent, sorted by start and storage.
 
     ``order`` may repeat ops: a storage that is created again starts a new life, and a reader
     uses the latest one. A life lasts from its creation to its last use, both included; the last
-    life of an output lasts to the end.
+    life of an output lasts to the end. What is spilled has a life before and one after.
+
+    Raises
+    ------
+    InvalidPlanError
+        If a spill is not inside of a life.
     """
     start: dict[int, int] = {}
     last_use: dict[int, int] = {}
@@ -45,22 +62,34 @@ def live_intervals(graph: Graph, order: Sequence[int]) -> tuple[LiveInterval, ..
     for storage, first in start.items():
         end = len(order) if storage in outputs else last_use[storage] + 1
         lives.append(LiveInterval(storage, first, end))
+    for storage, away, back in spills:
+        for index, life in enumerate(lives):
+            needed = life.end - (storage not in outputs or life.end < len(order))
+            if life.storage == storage and life.start < away < back <= needed:
+                lives[index : index + 1] = [life._replace(end=away), life._replace(start=back)]
+                break
+        else:
+            raise InvalidPlanError(f"storage {storage} cannot be spilled from step {away} to {back}: it is not alive")
+    lives = [life for life in lives if life.start < life.end]
     return tuple(sorted(lives, key=lambda life: (life.start, life.storage)))
 
 
-def memory_profile(graph: Graph, order: Sequence[int]) -> tuple[int, ...]:
+def memory_profile(graph: Graph, order: Sequence[int], spills: Sequence[Spill] = ()) -> tuple[int, ...]:
     """Live bytes at each step of ``order``, workspaces included, persistent storages not.
 
     ``profile[t] = workspace(order[t]) + sum of sizes of the storages alive at step t``.
     """
     change = [0] * (len(order) + 1)
-    for storage, start, end in live_intervals(graph, order):
+    for storage, start, end in live_intervals(graph, order, spills):
         change[start] += graph.storages[storage].size
         change[end] -= graph.storages[storage].size
     live = accumulate(change[:-1])
     return tuple(size + graph.ops[index].workspace for size, index in zip(live, order, strict=True))
 
 
-def peak_bytes(graph: Graph, order: Sequence[int]) -> int:
-    """The largest entry of :func:`memory_profile`, in bytes; 0 for an empty order."""
-    return max(memory_profile(graph, order), default=0)
+def peak_bytes(graph: Graph, order: Sequence[int], spills: Sequence[Spill] = ()) -> int:
+    """The largest entry of :func:`memory_profile`, in bytes, or all outputs together if that is more."""
+    outputs = sum(
+        graph.storages[storage].size for storage in set(graph.outputs) if not graph.storages[storage].persistent
+    )
+    return max(outputs, *memory_profile(graph, order, spills), 0)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import peak_bytes
+from olla.graph.lifetimes import Spill, peak_bytes
 
-__all__ = ["Addresses", "Placement", "Plan", "Schedule", "Workspace"]
+__all__ = ["Addresses", "Placement", "Plan", "Schedule", "Spill", "Workspace"]
 
 FORMAT = "olla-plan-1"
 
@@ -26,6 +26,9 @@ class Schedule:
     lower_bound_bytes: int  # no order of these ops can do better
     method: str  # the heuristic or search that found the order
     seconds: float  # spent planning
+    spills: tuple[Spill, ...] = ()
+    extra_seconds: float = 0.0  # that recomputing and spilling are expected to take
+    extra_seconds_lower_bound: float = 0.0  # within the same bytes, it cannot be less
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Workspace(NamedTuple):
 class Addresses:
     """Where everything that a step allocates is in its arena."""
 
-    # For every life in ``live_intervals(graph, order)``. None: outside, because it outlives the step, or is elsewhere.
+    # One for each of ``live_intervals(graph, order, spills)``. None: outside, because it outlives the step, say.
     offsets: tuple[int | None, ...]
     workspaces: tuple[Workspace, ...]
     arena_bytes: int
@@ -91,6 +94,9 @@ class Plan:
     workspaces: tuple[Workspace, ...] = ()
     arena_bytes: int | None = None
     arena_lower_bound_bytes: int | None = None  # no arena for this order can be smaller
+    spills: tuple[Spill, ...] = ()  # sorted by storage
+    extra_seconds: float = 0.0  # that recomputing and spilling are expected to take
+    extra_seconds_lower_bound: float = 0.0  # within the same bytes, it cannot be less
 
     @classmethod
     def of(cls, graph: Graph, schedule: Schedule, addresses: Addresses | None = None) -> Plan:
@@ -105,6 +111,9 @@ class Plan:
             lower_bound_bytes=schedule.lower_bound_bytes,
             method=schedule.method,
             seconds=schedule.seconds,
+            spills=schedule.spills,
+            extra_seconds=schedule.extra_seconds,
+            extra_seconds_lower_bound=schedule.extra_seconds_lower_bound,
         ).at(addresses)
 
     def at(self, addresses: Addresses | None) -> Plan:
@@ -158,17 +167,16 @@ class Plan:
             raise InvalidPlanError(f"not a plan of format {FORMAT!r}")
         fields = {key: value for key, value in data.items() if key != "format"}
         for key, expected in _FIELD_TYPES.items():
-            if not isinstance(fields.get(key), expected):
-                raise InvalidPlanError(f"the plan's {key!r} is {fields.get(key)!r}")
+            if key in fields and not isinstance(fields[key], expected):
+                raise InvalidPlanError(f"the plan's {key!r} is {fields[key]!r}")
         for key in ("order", "recomputed"):
-            fields[key] = _integers(key, fields[key])
+            fields[key] = _integers(key, fields.get(key, ()))
         if fields.get("offsets") is not None:
             placed = iter(_integers("offsets", [offset for offset in fields["offsets"] if offset is not None]))
             fields["offsets"] = tuple(None if offset is None else next(placed) for offset in fields["offsets"])
         try:
-            fields["workspaces"] = tuple(
-                Workspace(*_integers("workspaces", workspace)) for workspace in fields.get("workspaces", ())
-            )
+            for key, kind in (("workspaces", Workspace), ("spills", Spill)):
+                fields[key] = tuple(kind(*_integers(key, entry)) for entry in fields.get(key, ()))
             return cls(**fields)
         except TypeError as error:
             raise InvalidPlanError(f"not a plan of format {FORMAT!r}: {error}") from error
@@ -203,6 +211,8 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "lower_bound_bytes": int,
     "method": str,
     "seconds": (int, float),
+    "extra_seconds": (int, float),
+    "extra_seconds_lower_bound": (int, float),
     "offsets": (list, tuple, type(None)),
     "arena_bytes": (int, type(None)),
     "arena_lower_bound_bytes": (int, type(None)),

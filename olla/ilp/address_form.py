@@ -9,7 +9,7 @@ from math import gcd
 import numpy as np
 
 from olla.graph.plan import Placement
-from olla.ilp.families import arena, one_above_the_other
+from olla.ilp.address_families import arena, one_above_the_other
 from olla.ilp.program import proven_bytes
 from olla.order.problem import Integers
 from olla.place.allocate import allocate
@@ -21,10 +21,12 @@ __all__ = ["address"]
 _WARM_START = 0.25  # of the time limit, for the heuristics that find a first placement
 
 
-def address(buffers: Sequence[Buffer], *, solver: str = "auto", time_limit: float = 60.0) -> Placement:
+def address(
+    buffers: Sequence[Buffer], *, start: Placement | None = None, solver: str = "auto", time_limit: float = 60.0
+) -> Placement:
     """The lowest placement of ``buffers`` that a solver finds, and what it proves.
 
-    The solver starts from the placement of :func:`olla.allocate`, and from the load as its bound.
+    The solver starts from ``start`` and its bound; default: the placement of :func:`olla.allocate`, and the load.
 
     Raises
     ------
@@ -32,7 +34,7 @@ def address(buffers: Sequence[Buffer], *, solver: str = "auto", time_limit: floa
         If the solver is not installed, or has no licence for a model of this size.
     """
     started = time.perf_counter()
-    known = allocate(buffers, time_limit=_WARM_START * time_limit)
+    known = start or allocate(buffers, time_limit=_WARM_START * time_limit)
     model, offsets, unit = address_model(buffers, known)
     result = solve(model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
     seconds = time.perf_counter() - started

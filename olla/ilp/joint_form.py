@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,16 +12,10 @@ import numpy.typing as npt
 from olla.graph.graph import Graph, Storage
 from olla.graph.lifetimes import live_intervals, peak_bytes
 from olla.graph.plan import Addresses, Plan, Schedule, Workspace
-from olla.ilp.families import (
-    ORDER,
-    arena,
-    certainly_apart,
-    certainly_together,
-    one_above_the_other,
-    resident_set,
-    together,
-)
-from olla.ilp.program import Program, proven_bytes
+from olla.ilp.address_families import arena, certainly_apart, certainly_together, one_above_the_other, together
+from olla.ilp.families import ORDER, resident_set
+from olla.ilp.orders import OrderProgram
+from olla.ilp.program import proven_bytes
 from olla.order.problem import Integers, Problem
 from olla.order.schedule import schedule
 from olla.place.place import place
@@ -31,11 +26,19 @@ __all__ = ["joint"]
 _TWO_PHASES = 0.25  # of the time limit, each: for the order, and then the addresses, that the solver starts from
 
 
-def joint(graph: Graph, *, solver: str = "auto", time_limit: float = 60.0) -> Plan:
+def joint(
+    graph: Graph,
+    *,
+    start: Plan | None = None,
+    alignment: int = 1,
+    solver: str = "auto",
+    time_limit: float = 60.0,
+) -> Plan:
     """The plan with the smallest arena that a solver finds, over all orders; ``arena_lower_bound_bytes`` is proven.
 
     For graphs of some tens of ops: a binary for each pair of storages and each op and step. The
-    solver starts from the planners' order, and their addresses for it.
+    solver starts from ``start``, a plan with addresses; default: the planners' order, and their addresses for it.
+    Sizes are rounded up to full units of ``alignment``.
 
     Raises
     ------
@@ -43,31 +46,35 @@ def joint(graph: Graph, *, solver: str = "auto", time_limit: float = 60.0) -> Pl
         If the solver is not installed, or has no licence for a model of this size.
     """
     started = time.perf_counter()
-    known = schedule(graph, time_limit=_TWO_PHASES * time_limit)
-    start = place(graph, known.order, alignment=1, time_limit=_TWO_PHASES * time_limit)
-    form = _JointForm(graph, known.order, start)
+    if start is None:
+        known = schedule(graph, time_limit=_TWO_PHASES * time_limit)
+        addresses = place(graph, known.order, alignment=alignment, time_limit=_TWO_PHASES * time_limit)
+        start = Plan.of(graph, known, addresses)
+    form = _JointForm(graph, start, alignment)
     result = solve(form.program.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
-    assert result.values is not None, "the planners' plan is a solution"
-    order = tuple(op for op in form.program.order(result.values) if op < len(graph.ops))
+    assert result.values is not None, "the plan to start from is a solution"
+    order = tuple(op for op in form.program.sequence(result.values).tolist() if op < len(graph.ops))
     addresses = form.addresses(order, result.values, proven_bytes(result, form.program.unit))
     peak = peak_bytes(graph, order)
     method, seconds = f"integer program ({result.solver})", time.perf_counter() - started
-    return Plan.of(graph, Schedule(order, peak, min(peak, known.lower_bound_bytes), method, seconds), addresses)
+    return Plan.of(graph, Schedule(order, peak, min(peak, start.lower_bound_bytes), method, seconds), addresses)
 
 
 class _JointForm:
     """The model; every storage that is no output, and every workspace, has an address."""
 
-    def __init__(self, graph: Graph, order: tuple[int, ...], start: Addresses) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, start: Plan, alignment: int) -> None:
+        assert start.offsets is not None, "a plan with addresses"
+        assert start.arena_bytes is not None
+        self._graph, self._alignment = graph, alignment
         self._solid = _with_workspaces_as_storages(graph)
         self._own = [index for index, storage in enumerate(self._solid.storages) if not storage.persistent]
-        program = self.program = Program(Problem.of(self._solid))
+        program = self.program = OrderProgram(Problem.of(_rounded_up(self._solid, alignment)))
         for family in ORDER:
             family(program)
         outputs = np.isin(self._own, graph.outputs)
         self._inside = np.nonzero(~outputs)[0]
-        sizes = (program.problem.sizes // program.unit)[self._inside]
+        sizes = (program.sizes // program.unit)[self._inside]
         top = -(-start.arena_bytes // program.unit)
         self._offsets = program.model.integers("address", len(sizes), 0, np.maximum(0, top - sizes))
         size = program.model.integers("arena", 1, 0, top)
@@ -80,8 +87,8 @@ class _JointForm:
         arena(program.model, self._offsets, steps, sizes, int(size[0]))
         resident_set(program, int(size[0]), self._inside)  # follows from the rest, but not in a relaxation
         program.model.minimize(size, [1])
-        columns, values = program.values_of(np.array([*order, len(order)]))
-        at = self._placed(order, start)
+        columns, values = program.values_of([*start.order, len(start.order)])
+        at = self._placed(start.order, start.offsets, start.workspaces)
         program.model.hint(
             np.concatenate([columns, self._offsets, size, below, above]),
             np.concatenate([values, at, [top], at[one] + sizes[one] <= at[other], at[other] + sizes[other] <= at[one]]),
@@ -94,12 +101,13 @@ class _JointForm:
         wanted = (sizes[one] > 0) & (sizes[other] > 0) & ~apart
         return one[wanted], other[wanted]
 
-    def _placed(self, order: tuple[int, ...], start: Addresses) -> Integers:
+    def _placed(
+        self, order: tuple[int, ...], offsets: Sequence[int | None], workspaces: Sequence[Workspace]
+    ) -> Integers:
         """The offsets that the planners have found, in units."""
-        at = {
-            life.storage: offset for life, offset in zip(live_intervals(self._graph, order), start.offsets, strict=True)
-        }
-        for step, offset, _ in start.workspaces:
+        lives = live_intervals(self._graph, order)
+        at = {life.storage: offset for life, offset in zip(lives, offsets, strict=True) if offset is not None}
+        for step, offset, _ in workspaces:
             at[self._solid.ops[order[step]].creates[-1]] = offset
         return np.array([at[self._own[storage]] for storage in self._inside], np.int64) // self.program.unit
 
@@ -114,7 +122,7 @@ class _JointForm:
         )
         top = max((offset + self._solid.storages[storage].size for storage, offset in at.items()), default=0)
         offsets = tuple(at.get(life.storage) for life in live_intervals(self._graph, order))
-        return Addresses(offsets, workspaces, top, min(bound, top))
+        return Addresses(offsets, workspaces, top, min(max(0, bound - self._alignment + 1), top))
 
 
 def _with_workspaces_as_storages(graph: Graph) -> Graph:
@@ -125,3 +133,8 @@ def _with_workspaces_as_storages(graph: Graph) -> Graph:
         storages += [Storage(f"workspace of {op.name}", op.workspace) for _ in own]
         ops.append(replace(op, creates=op.creates + own, workspace=0))
     return replace(graph, ops=tuple(ops), storages=tuple(storages))
+
+
+def _rounded_up(graph: Graph, alignment: int) -> Graph:
+    """The same graph with sizes in full units of ``alignment``, so that what is placed upon others is aligned."""
+    return replace(graph, storages=tuple(replace(s, size=-(-s.size // alignment) * alignment) for s in graph.storages))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,19 +12,21 @@ from olla.graph.graph import Graph
 from olla.graph.lifetimes import peak_bytes
 from olla.graph.plan import Schedule
 from olla.ilp.families import ORDER, resident_set
-from olla.ilp.program import Program, proven_bytes
+from olla.ilp.orders import OrderProgram
+from olla.ilp.program import proven_bytes
 from olla.order.portfolio import list_schedules, peak
-from olla.order.problem import Problem
+from olla.order.problem import Integers, Problem
 from olla.order.reduce import Reduced
 from olla.solve import solve
 
 __all__ = ["order", "order_program"]
 
 
-def order(graph: Graph, *, solver: str = "auto", time_limit: float = 60.0) -> Schedule:
+def order(graph: Graph, *, start: Schedule | None = None, solver: str = "auto", time_limit: float = 60.0) -> Schedule:
     """The best order that a solver finds for ``graph``, and what it proves.
 
-    The graph is reduced first, as the planners do; the solver starts from the best list schedule.
+    The graph is reduced first, as the planners do; the solver starts from the best list schedule, and from
+    ``start``, which is returned with the better bound if nothing better is found.
 
     Raises
     ------
@@ -31,22 +35,37 @@ def order(graph: Graph, *, solver: str = "auto", time_limit: float = 60.0) -> Sc
     """
     started = time.perf_counter()
     reduced = Reduced.of(Problem.of(graph)).merged(started + time_limit)
-    program = order_program(reduced.problem)
+    program = order_program(reduced.problem, *_as_runs(reduced, start))
     result = solve(program.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
     assert result.values is not None, "the list schedule is a solution"
-    runs = np.array(program.order(result.values))
-    found = tuple(op for op in reduced.expanded(runs).tolist() if op < len(graph.ops))
-    least = peak_bytes(graph, found)
-    bound = min(least, proven_bytes(result, program.unit))
-    return Schedule(found, least, bound, f"integer program ({result.solver})", time.perf_counter() - started)
+    found = tuple(op for op in reduced.expanded(program.sequence(result.values)).tolist() if op < len(graph.ops))
+    least, bound = peak_bytes(graph, found), proven_bytes(result, program.unit)
+    method, seconds = f"integer program ({result.solver})", time.perf_counter() - started
+    if start is None or least < start.peak_bytes:
+        return Schedule(found, least, min(least, bound), method, seconds)
+    bound = min(start.peak_bytes, max(bound, start.lower_bound_bytes))
+    return replace(start, lower_bound_bytes=bound, seconds=start.seconds + seconds)
 
 
-def order_program(problem: Problem) -> Program:
-    """The model that minimizes the peak over all orders."""
-    program = Program(problem)
+def _as_runs(reduced: Reduced, start: Schedule | None) -> Iterator[Integers]:
+    """The order of the runs in ``start``, if it is one: a run counts from its last op on."""
+    if start is not None:
+        place = {op: step for step, op in enumerate(start.order)}
+        ends = [place.get(int(reduced.runs.row(run)[-1]), len(place)) for run in range(reduced.problem.op_count)]
+        order = np.argsort(ends, kind="stable")
+        position = np.argsort(order)
+        before = reduced.problem.predecessors
+        if (position[before.items] < position[before.owners]).all():
+            yield order
+
+
+def order_program(problem: Problem, *orders: Integers) -> OrderProgram:
+    """The model that minimizes the peak over all orders; the best of those that are known is its hint."""
+    program = OrderProgram(problem)
     for family in ORDER:
         family(program)
-    known = min((found for _, found in list_schedules(problem)), key=lambda found: peak(problem, found))
+    orders = (*orders, *(found for _, found in list_schedules(problem)))
+    known = min(orders, key=lambda found: peak(problem, found))
     units = peak(problem, known) // program.unit
     limit = program.model.integers("peak", 1, 0, units)
     resident_set(program, int(limit[0]), np.arange(len(problem.sizes)))

@@ -1,19 +1,19 @@
-"""The variables of an order: which op runs at which step, and which storage is kept in memory there.
+"""The variables of a sequence of ops: which op runs at which step, and what is in memory there.
 
-There are as many steps as ops, and one op runs at each, so that nothing is overstated. An op that must run
-after three others cannot run before the fourth step, and so on: only within these *windows* are there
-variables (OLLA, arXiv 2210.12924, section 4.1).
+At most one op runs at each step, so that nothing is overstated. What an op makes of a storage, by creating it or by
+writing it in place, is a *content*: a storage has one for each of its makers, and one at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, gcd, isfinite
 
 import numpy as np
 import numpy.typing as npt
 
-from olla.order.bits import ancestors, has
-from olla.order.problem import Integers, Problem
+from olla.graph.lifetimes import Spill
+from olla.order.problem import Adjacency, Integers
 from olla.solve import Model, Result
 
 __all__ = ["Program", "proven_bytes"]
@@ -22,62 +22,65 @@ _EPSILON = 1e-6  # by which a solver's bound may be too high
 
 
 class Program:
-    """A model with the variables of an order: ``run[op, step]`` and ``keep[storage, step]``; -1: there is none.
+    """A model with ``run[op, step]``, ``keep[content, step]`` and ``fetch[content, step]``; -1: there is none.
 
-    Storages of one op are created together, so the paper's variables "create" are one for each op.
+    The paper's variables "create" are one for each op here, because all that an op makes is made together.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(
+        self, *, steps: int, maker: Integers, storage: Integers, uses: Adjacency, sizes: Integers, workspace: Integers
+    ) -> None:
         self.model = Model()
-        self.before = _before(problem)
-        self.first = self.before.sum(axis=1) - 1
-        self.last = problem.op_count - self.before.sum(axis=0)
-        self.creator = problem.creates.transpose(len(problem.sizes)).items
-        self.unit = gcd(*problem.sizes.tolist(), *problem.workspace.tolist()) or 1  # bytes
-        steps = np.arange(problem.op_count)
-        self.run = self._variables("create", self.first, self.last, steps)
-        users = [problem.touchers.row(storage) for storage in range(len(problem.sizes))]
-        begin = self.first[self.creator] + 1
-        end = np.array([self.last[of].max() for of in users], np.int64)
-        self.keep = self._variables("preserve", begin, end, steps)
-        # Between the latest creation and the earliest last use, there is no choice.
-        surely = np.array([self.first[of].max() for of in users], np.int64)
-        certain = (steps > self.last[self.creator][:, None]) & (steps <= surely[:, None])
-        kept = self.keep[certain & (self.keep >= 0)]
-        self.model.constrain("window", np.arange(len(kept)), kept, 1, "==", np.ones(len(kept)))
+        self.steps = np.arange(steps)
+        self.maker = maker  # content -> op
+        self.storage = storage  # content -> storage; its first content is the one that creates it
+        self.uses = uses  # op -> contents that it finds in memory
+        self.sizes = sizes  # bytes of each storage
+        self.workspace = workspace  # bytes of each op
+        self.unit = gcd(*sizes.tolist(), *workspace.tolist()) or 1  # bytes
+        self.run = np.full((len(workspace), steps), -1)
+        self.keep = np.full((len(maker), steps), -1)
+        self.fetch = self.keep.copy()
 
-    def _variables(self, family: str, begin: Integers, end: Integers, steps: Integers) -> Integers:
-        inside = (steps >= begin[:, None]) & (steps <= end[:, None])
+    @property
+    def creator(self) -> Integers:
+        """Storage -> op."""
+        first = np.unique(self.storage, return_index=True)[1]
+        return self.maker[first]
+
+    def variables(self, family: str, begin: Integers, end: Integers) -> Integers:
+        """A binary for each row and each step from ``begin`` to ``end``, both included."""
+        inside = (self.steps >= begin[:, None]) & (self.steps <= end[:, None])
         found = np.full(inside.shape, -1, np.int64)
         found[inside] = self.model.binaries(family, int(inside.sum()))
         return found
 
-    def order(self, values: npt.NDArray[np.float64]) -> tuple[int, ...]:
-        """The ops as a solution orders them."""
-        runs = np.where(self.run >= 0, values[self.run], 0).argmax(axis=1)
-        return tuple(np.argsort(runs).tolist())
+    def sequence(self, values: npt.NDArray[np.float64]) -> Integers:
+        """What runs at each step in a solution; -1: nothing."""
+        runs = np.where(self.run >= 0, values[self.run], 0)
+        return np.where(runs.any(axis=0), runs.argmax(axis=0), -1)
 
-    def values_of(self, order: Integers) -> tuple[Integers, Integers]:
-        """Variables, and their values in an order."""
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        touchers = self.problem.touchers
-        end = np.array([place[touchers.row(e)].max() for e in range(len(self.problem.sizes))], np.int64)
-        steps = np.arange(len(order))
-        alive = (steps > place[self.creator][:, None]) & (steps <= end[:, None])
-        runs = steps == place[:, None]
-        columns = np.concatenate([self.run[self.run >= 0], self.keep[self.keep >= 0]])
-        return columns, np.concatenate([runs[self.run >= 0], alive[self.keep >= 0]]).astype(np.int64)
+    def values_of(self, sequence: Sequence[int] | Integers, spills: Sequence[Spill] = ()) -> tuple[Integers, Integers]:
+        """Variables, and their values if this runs at each step, and is spilled in between."""
+        sequence = np.asarray(sequence)
+        kept = np.zeros(self.keep.shape, bool)
+        fetched = np.zeros(self.keep.shape, bool)
+        for op, content in zip(self.uses.owners, self.uses.items, strict=True):
+            made = np.flatnonzero(sequence == self.maker[content])
+            for step in np.flatnonzero(sequence == op):
+                latest = made[made < step].max()
+                kept[content, latest + 1 : step + 1] = True
+        for spill in spills:
+            for content in np.flatnonzero(self.storage == spill.storage):
+                fetched[content, spill.end] = kept[content, spill.end]
+                kept[content, spill.start : spill.end + 1] = False
+        runs = sequence == np.arange(len(self.run))[:, None]
+        pairs = ((self.run, runs), (self.keep, kept), (self.fetch, fetched))
+        there = [(variables[variables >= 0], value[variables >= 0]) for variables, value in pairs]
+        columns, values = (np.concatenate(parts) for parts in zip(*there, strict=True))
+        return columns, values.astype(np.int64)
 
 
 def proven_bytes(result: Result, unit: int) -> int:
     """The least number of bytes that a solver has not excluded, if they come in units; 0 if it has proven nothing."""
     return ceil(result.bound - _EPSILON) * unit if isfinite(result.bound) else 0
-
-
-def _before(problem: Problem) -> npt.NDArray[np.bool_]:
-    """[op, other]: whether ``other`` must run before ``op``, or is ``op``."""
-    before = ancestors(problem)
-    ops = range(problem.op_count)
-    return np.array([[has(before, op, other) for other in ops] for op in ops])

@@ -2,6 +2,6 @@
 
 from olla.solve.model import Model
 from olla.solve.result import Result, Status
-from olla.solve.solver import available, solve
+from olla.solve.solver import available, require, solve
 
-__all__ = ["Model", "Result", "Status", "available", "solve"]
+__all__ = ["Model", "Result", "Status", "available", "require", "solve"]

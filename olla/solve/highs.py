@@ -54,7 +54,7 @@ def solve(problem: Problem, run: Run) -> Answer:
             callback.subscribe(listen)
     highs.HandleUserInterrupt = True
     run.until_stopped(highs.solve, highs.cancelSolve)
-    if highs.getModelStatus() == highspy.HighsModelStatus.kSolveError:
+    if highs.getModelStatus() == highspy.HighsModelStatus.kSolveError or not _is_honest(highs, problem):
         highs.setOptionValue("presolve", "off")  # which, in 1.16, now and then cannot undo its own reductions
         run.until_stopped(highs.solve, highs.cancelSolve)
     return _answer(highspy, highs, problem, run)
@@ -92,6 +92,12 @@ def _linear_program(highspy: Any, problem: Problem) -> Any:
     program.a_matrix_.index_ = problem.matrix.indices
     program.a_matrix_.value_ = problem.matrix.data
     return program
+
+
+def _is_honest(highs: Any, problem: Problem) -> bool:
+    """Whether its solution, if there is one, costs what it says. If not, its bound is wrong, too."""
+    values, claimed = np.array(highs.getSolution().col_value), highs.getInfo().objective_function_value
+    return len(values) != len(problem.cost) or bool(np.isclose(problem.cost @ values, claimed, atol=1e-3))
 
 
 def _answer(highspy: Any, highs: Any, problem: Problem, run: Run) -> Answer:

@@ -15,7 +15,7 @@ from olla.solve.problem import Floats, Problem
 from olla.solve.result import Result, Status
 from olla.solve.run import Answer, Progress, Run
 
-__all__ = ["available", "solve"]
+__all__ = ["available", "require", "solve"]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,23 @@ _CLOSE = 1e-8  # a gap, relative to the objective, that is none in floats
 def available() -> list[str]:
     """The solvers whose packages are installed; none is loaded, and no licence taken."""
     return [name for name, solver in _SOLVERS.items() if find_spec(solver.PACKAGE)]
+
+
+def require(solver: str) -> None:
+    """Raise unless there is such a solver; none is loaded, and no licence taken.
+
+    Raises
+    ------
+    SolverUnavailableError
+        Its package is not installed, or no solver has this name.
+    """
+    if solver not in ("auto", *_SOLVERS):
+        raise SolverUnavailableError(f"no such solver: {solver!r}; there are auto, {', '.join(_SOLVERS)}")
+    if solver == "auto" and not available():
+        raise SolverUnavailableError("no solver is installed: pip install highspy ortools")
+    if solver != "auto" and solver not in available():
+        package = _SOLVERS[solver].PACKAGE
+        raise SolverUnavailableError(f"{package} is not installed: pip install {package}")
 
 
 def solve(
@@ -71,14 +88,11 @@ def solve(
     Raises
     ------
     SolverUnavailableError
-        The solver is not installed, or has no licence for this model.
+        There is no such solver, it is not installed, or it has no licence for this model.
     InvalidModelError
         The solver cannot take the model: CP-SAT takes bounded integers alone.
-    ValueError
-        There is no such solver.
     """
-    if solver not in ("auto", *_SOLVERS):
-        raise ValueError(f"no such solver: {solver!r}; there are auto, {', '.join(_SOLVERS)}")
+    require(solver)
     problem = model.problem()
     run = Run(time_limit, gap, seed, threads, progress)
     passed_over = []

@@ -1,0 +1,221 @@
+"""The form under a byte limit: which ops run again and which storages leave the device, for the least added time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import gcd, inf
+
+import numpy as np
+import numpy.typing as npt
+
+from olla.errors import InfeasibleError, InvalidGraphError
+from olla.graph.graph import Graph
+from olla.graph.lifetimes import Spill, peak_bytes
+from olla.graph.plan import Schedule
+from olla.ilp.families import SEQUENCE, resident_set
+from olla.ilp.program import proven_bytes
+from olla.ilp.sequences import SequenceProgram
+from olla.order.schedule import schedule
+from olla.solve import Status, solve
+
+__all__ = ["fit"]
+
+_NANOSECONDS = 10**9
+_WARM_START = 0.25  # of the time limit, for an order to begin with
+
+
+def fit(
+    graph: Graph,
+    budget_bytes: int,
+    seconds: Sequence[float],
+    *,
+    repeats: int | None = None,
+    bytes_per_second: float | None = None,
+    solver: str = "auto",
+    time_limit: float = 60.0,
+) -> Schedule:
+    """The sequence that stays within ``budget_bytes`` and takes the least added time that a solver finds.
+
+    For graphs of some tens of ops. Ops that change persistent state (as draws of random numbers do) run once.
+
+    Parameters
+    ----------
+    graph
+        What to run. Persistent storages are no part of the budget, and stay.
+    budget_bytes
+        What the peak must not exceed.
+    seconds
+        How long each op takes.
+    repeats
+        How many ops may run again, in all; default: as many as there are ops. The bound holds for such sequences.
+    bytes_per_second
+        Between the device and where storages are spilled to; a spill moves its bytes there and back. None: nothing
+        is spilled.
+    solver, time_limit
+        As for :func:`olla.solve.solve`.
+
+    Returns
+    -------
+    Schedule
+        With its spills, the seconds that it adds and a proven bound of these; both are counted in nanoseconds.
+
+    Raises
+    ------
+    InfeasibleError
+        If nothing fits, or nothing that fits was found in time; the message says which.
+    InvalidGraphError
+        If there is not one time for each op, or one is negative.
+    SolverUnavailableError
+        If the solver is not installed, or has no licence for a model of this size.
+    """
+    started = time.perf_counter()
+    costs = _Costs.of(graph, seconds, bytes_per_second)
+    least, pinned = _least(graph)
+    if budget_bytes < least:
+        raise InfeasibleError(
+            f"nothing fits into {budget_bytes:,} bytes: {pinned} alone needs {least:,} bytes",
+            lower_bound_bytes=least,
+            best_bytes=peak_bytes(graph, range(len(graph.ops))),
+        )
+    known = schedule(graph, time_limit=_WARM_START * time_limit)
+    if known.peak_bytes <= budget_bytes:
+        return known
+    repeats = len(graph.ops) if repeats is None else repeats
+    program = SequenceProgram(graph, repeats=repeats, spilling=bytes_per_second is not None)
+    for family in SEQUENCE:
+        family(program)
+    units = budget_bytes // program.unit
+    budget = program.model.integers("budget", 1, units, units)
+    resident_set(program, int(budget[0]), np.arange(len(program.sizes)))
+    unit = _minimize_time(program, costs)
+    if program.spilling and (spills := _spilled(graph, known.order, budget_bytes)) is not None:
+        sequence = [*[-1] * repeats, *known.order, len(graph.ops)]
+        columns, values = program.values_of(sequence, [program.shifted(spill, repeats) for spill in spills])
+        program.model.hint(np.append(columns, budget), np.append(values, units))
+    result = solve(program.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
+    if result.values is None:
+        raise _infeasible(budget_bytes, known, least, repeats, proven=result.status is Status.INFEASIBLE)
+    order, spilled = _decoded(graph, program, result.values)
+    added = costs.added(graph, order, spilled)
+    peak = peak_bytes(graph, order, spilled)
+    return Schedule(
+        order,
+        peak,
+        min(peak, least),
+        f"integer program ({result.solver})",
+        time.perf_counter() - started,
+        spilled,
+        added / _NANOSECONDS,
+        min(added, max(0, proven_bytes(result, unit) - sum(costs.of_ops))) / _NANOSECONDS,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Integers, in nanoseconds."""
+
+    of_ops: tuple[int, ...]
+    per_byte: float  # spilled: there and back; infinite: never
+
+    @classmethod
+    def of(cls, graph: Graph, seconds: Sequence[float], bytes_per_second: float | None) -> _Costs:
+        if len(seconds) != len(graph.ops):
+            raise InvalidGraphError(f"{len(seconds)} times for {len(graph.ops)} ops: give one for each")
+        for op, time_ in zip(graph.ops, seconds, strict=True):
+            if not 0 <= time_ < inf:
+                raise InvalidGraphError(f"op {op.name!r} takes {time_} seconds: give a number that is not negative")
+        if bytes_per_second is not None and not bytes_per_second > 0:
+            raise InvalidGraphError(f"{bytes_per_second} bytes per second: give a positive number, or None")
+        per_byte = inf if bytes_per_second is None else 2 * _NANOSECONDS / bytes_per_second
+        return cls(tuple(round(time_ * _NANOSECONDS) for time_ in seconds), per_byte)
+
+    def of_spill(self, size: int) -> int:
+        return round(size * self.per_byte)
+
+    def added(self, graph: Graph, order: Sequence[int], spills: Sequence[Spill]) -> int:
+        moved = sum(self.of_spill(graph.storages[spill.storage].size) for spill in spills)
+        return sum(self.of_ops[op] for op in order) - sum(self.of_ops) + moved
+
+
+def _minimize_time(program: SequenceProgram, costs: _Costs) -> int:
+    """Make the time the objective; returns its unit, in nanoseconds."""
+    ops, steps = np.nonzero(program.run >= 0)
+    contents, at = np.nonzero(program.fetch >= 0)
+    of_ops = np.array([*costs.of_ops, 0], np.int64)
+    of_spills = np.array([costs.of_spill(size) if program.spilling else 0 for size in program.sizes.tolist()], np.int64)
+    unit = gcd(*of_ops.tolist(), *of_spills.tolist()) or 1
+    program.model.minimize(
+        np.concatenate([program.run[ops, steps], program.fetch[contents, at]]),
+        np.concatenate([of_ops[ops], of_spills[program.storage[contents]]]) // unit,
+    )
+    return unit
+
+
+def _least(graph: Graph) -> tuple[int, str]:
+    """The bytes that nothing can do without, and what needs them: an op with all that it touches, or the outputs."""
+
+    def size(storages: Iterable[int]) -> int:
+        return sum(graph.storages[s].size for s in storages if not graph.storages[s].persistent)
+
+    needs = [(size(op.touches) + op.workspace, f"op {op.name!r}") for op in graph.ops]
+    return max([(size(set(graph.outputs)), "the outputs"), *needs], key=lambda need: need[0])
+
+
+def _infeasible(budget_bytes: int, known: Schedule, least: int, repeats: int, *, proven: bool) -> InfeasibleError:
+    why = f"no sequence with {repeats} repeats" if proven else "nothing that was found in time"
+    return InfeasibleError(
+        f"{why} fits into {budget_bytes:,} bytes; without repeats, {known.peak_bytes:,} bytes suffice",
+        lower_bound_bytes=least,
+        best_bytes=known.peak_bytes,
+    )
+
+
+def _spilled(graph: Graph, order: Sequence[int], budget_bytes: int) -> list[Spill] | None:
+    """Spill what is used last of all whenever there is no room (Belady's rule); None: that does not do."""
+    uses: dict[int, list[int]] = {}
+    for step, op in enumerate(order):
+        for storage in graph.ops[op].touches:
+            if not graph.storages[storage].persistent:
+                uses.setdefault(storage, []).append(step)
+    for storage in graph.outputs:
+        if storage in uses:
+            uses[storage].append(len(order))  # in the end
+    spills: list[Spill] = []
+    here: set[int] = set()
+    for step, workspace in enumerate([*(graph.ops[op].workspace for op in order), 0]):
+        here = {storage for storage in here if uses[storage][-1] >= step}
+        needed = {storage for storage, steps in uses.items() if step in steps}
+        for storage in needed - here:
+            before = [use for use in uses[storage] if use < step]
+            if before:
+                spills.append(Spill(storage, before[-1] + 1, step))
+        here |= needed
+        idle = sorted(here - needed, key=lambda storage: next(use for use in uses[storage] if use > step))
+        while sum(graph.storages[storage].size for storage in here) + workspace > budget_bytes:
+            if not idle:
+                return None
+            here.remove(idle.pop())
+    return spills
+
+
+def _decoded(
+    graph: Graph, program: SequenceProgram, values: npt.NDArray[np.float64]
+) -> tuple[tuple[int, ...], tuple[Spill, ...]]:
+    """The order and the spills of a solution."""
+    sequence = program.sequence(values)
+    idle = int((sequence < 0).sum())
+    order = tuple(sequence[idle:-1].tolist())
+    spills = set()
+    for content, step in zip(*np.nonzero(np.where(program.fetch >= 0, values[program.fetch], 0)), strict=True):
+        storage = program.storages[program.storage[content]]
+        touched = [at for at, op in enumerate(order) if storage in graph.ops[op].touches]
+        if storage in graph.outputs:
+            touched.append(len(order))  # in the end
+        before = max(at for at in touched if at < step - idle)
+        after = min((at for at in touched if at >= step - idle), default=0)
+        is_used = after == len(order) or storage not in graph.ops[order[after]].creates
+        if before + 1 < after and is_used:
+            spills.add(Spill(storage, before + 1, after))
+    return order, tuple(sorted(spills))
