@@ -13,6 +13,7 @@ from olla.graph.check import check, verify
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.show.progress import stage
+from olla.solve import require
 
 __all__ = ["main"]
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("graph", type=Path, metavar="GRAPH.json", help="a graph in the format of docs/graphs.md")
     plan.add_argument("--place", action="store_true", help="plan addresses in one arena, too")
     plan.add_argument("--alignment", type=int, default=64, metavar="BYTES", help="of addresses; default %(default)s")
+    plan.add_argument(
+        "--solver", metavar="NAME", help="gurobi, cpsat, highs or auto: improve what the planners leave open, if small"
+    )
     plan.add_argument("--out", type=Path, metavar="PLAN.json", help="write the plan, with the order, here")
     plan.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="default %(default)s")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of a summary")
@@ -49,6 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the placement (needs matplotlib)")
     place.set_defaults(run=_place)
 
+    draw = commands.add_parser("draw", help="write a graph as DOT, or draw it with Graphviz (needs pydot)")
+    draw.add_argument("graph", type=Path, metavar="GRAPH.json")
+    draw.add_argument("out", type=Path, metavar="FILE.dot|.svg|.png|.pdf")
+    draw.add_argument("--plan", type=Path, metavar="PLAN.json", help="number the ops by their steps, mark the peak")
+    draw.set_defaults(run=_draw)
+
+    model = commands.add_parser("model", help="write the integer program of a graph, to study it or to solve elsewhere")
+    model.add_argument("graph", type=Path, metavar="GRAPH.json")
+    model.add_argument("out", type=Path, metavar="FILE.lp|.mps")
+    model.add_argument(
+        "--form", choices=("order", "address", "joint"), default="order", help="what is decided; default %(default)s"
+    )
+    model.set_defaults(run=_model)
+
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -63,14 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from olla.order.schedule import schedule  # loads the compiled kernels
 
+    if options.solver:
+        require(options.solver)
     graph = Graph.load(options.graph)
     with stage(f"ordering {len(graph.ops):,} ops", None):
-        plan = Plan.of(graph, schedule(graph, time_limit=options.time_limit))
+        found = schedule(graph, time_limit=options.time_limit)
+        if options.solver:
+            from olla.ilp.improve import improved_order
+
+            found = improved_order(graph, found, solver=options.solver, time_limit=options.time_limit)
+    plan = Plan.of(graph, found)
     if options.place:
         from olla.place.place import place
 
         with stage("placing", None):
-            plan = plan.at(place(graph, plan.order, alignment=options.alignment, time_limit=options.time_limit))
+            limits = {"alignment": options.alignment, "time_limit": options.time_limit}
+            plan = plan.at(place(graph, plan.order, **limits))
+            if options.solver:
+                from olla.ilp.improve import improved_plan
+
+                plan = improved_plan(graph, plan, solver=options.solver, **limits)
     verify(graph, plan)
     if options.out:
         plan.save(options.out)
@@ -110,4 +140,37 @@ def _place(options: argparse.Namespace) -> int:
         draw_placement(buffers, placement, options.draw)
     print(f"arena        {placement.arena_bytes:>20,} bytes  ({placement.method}, {placement.seconds:.2f} s)")
     print(f"lower bound  {placement.lower_bound_bytes:>20,} bytes  ({placement.status}, gap {placement.gap:.4%})")
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> int:
+    from olla.show.dot import write_dot
+
+    graph, plan = Graph.load(options.graph), Plan.load(options.plan) if options.plan else None
+    if plan is not None:
+        verify(graph, plan)
+    write_dot(graph, options.out, plan)
+    print(f"{len(graph.ops):,} ops and {len(graph.storages):,} storages are in {options.out}")
+    return 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    from olla.ilp import AddressForm, JointForm, OrderForm
+    from olla.order.schedule import schedule
+    from olla.place.allocate import allocate
+    from olla.place.place import intervals, padded, place
+
+    graph = Graph.load(options.graph)
+    with stage("planning", None):
+        found = schedule(graph)
+        if options.form == "order":
+            model = OrderForm(graph, found).model
+        elif options.form == "address":
+            buffers = padded(intervals(graph, found.order), 1)
+            model = AddressForm(buffers, allocate(buffers)).model
+        else:
+            model = JointForm(graph, Plan.of(graph, found, place(graph, found.order, alignment=1))).model
+    model.write(options.out)
+    rows, columns = model.problem().matrix.shape
+    print(f"{columns:,} variables and {rows:,} rows are in {options.out}")
     return 0

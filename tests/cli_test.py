@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from graphs import diamond
 
@@ -51,6 +53,58 @@ class CommandLineTest(unittest.TestCase):
         self.assertIsNotNone(olla.Plan.load(self.plan).offsets)
         self.assertEqual(self.run_main("check", self.graph, self.plan)[0], 0)
         self.assertEqual(self.run_main("plan", self.graph, "--place", "--alignment", 0)[0], 2)
+
+    def test_a_plan_can_be_left_to_a_solver(self) -> None:
+        status, text, _ = self.run_main("plan", self.graph, "--place", "--solver", "auto", "--alignment", 1)
+        self.assertEqual(status, 0)
+        self.assertIn("optimal, gap 0.0000%", text)
+        status, _, error = self.run_main("plan", self.graph, "--solver", "abacus")
+        self.assertEqual(status, 2)
+        self.assertIn("no such solver: 'abacus'", error)
+
+    def test_a_graph_is_drawn_with_the_steps_of_its_plan(self) -> None:
+        import pydot
+
+        self.run_main("plan", self.graph, "--out", self.plan)
+        out = self.folder / "graph.dot"
+        self.assertEqual(self.run_main("draw", self.graph, out, "--plan", self.plan)[0], 0)
+        [drawing] = pydot.graph_from_dot_file(str(out))
+        labels = {node.get_name(): node.get_label() for node in drawing.get_nodes()}
+        self.assertEqual(labels["op2"], '"2: narrow"')
+        self.assertEqual(labels["storage0"], '"weight\\n100 bytes"')
+        arrows = [(edge.get_source(), edge.get_destination(), edge.get_label()) for edge in drawing.get_edges()]
+        self.assertIn(("op1", "op3", '"wide\\n10 bytes"'), arrows)
+        self.assertIn(("op4", "outputs", '"end\\n2 bytes"'), arrows)
+        [red] = [node.get_name() for node in drawing.get_nodes() if node.get_fillcolor()]
+        self.assertEqual(red, "op2")  # start 4, wide 10, narrow 1
+
+    @unittest.skipUnless(shutil.which("dot"), "Graphviz is not installed")
+    def test_a_graph_is_drawn_by_graphviz(self) -> None:
+        picture = self.folder / "graph.svg"
+        self.assertEqual(self.run_main("draw", self.graph, picture)[0], 0)
+        self.assertIn("<svg", picture.read_text())
+
+    def test_without_graphviz_a_picture_is_an_error_and_dot_is_not(self) -> None:
+        with mock.patch.dict(os.environ, PATH=""):
+            status, _, error = self.run_main("draw", self.graph, self.folder / "graph.svg")
+            self.assertEqual(status, 2)
+            self.assertIn("install Graphviz, or write .dot", error)
+            self.assertEqual(self.run_main("draw", self.graph, self.folder / "graph.dot")[0], 0)
+
+    def test_integer_programs_are_written(self) -> None:
+        for form, families in {
+            "order": ("created_once", "continuity", "inputs_present", "resident_set"),
+            "address": ("together", "address", "arena"),
+            "joint": ("created_once", "resident_set", "together", "address", "arena"),
+        }.items():
+            for ending in ("lp", "mps"):
+                out = self.folder / f"{form}.{ending}"
+                status, text, _ = self.run_main("model", self.graph, out, "--form", form)
+                self.assertEqual(status, 0)
+                self.assertRegex(text, r"[1-9]\d* variables and [1-9]\d* rows")
+                for family in families:
+                    self.assertIn(f"{family}(0)", out.read_text())
+        self.assertEqual(self.run_main("model", self.graph, self.folder / "model.txt")[0], 2)
 
     def test_place_says_what_does_not_fit_and_what_is_wrong(self) -> None:
         table = self.folder / "in.csv"

@@ -16,8 +16,7 @@ import olla
 from olla import Buffer, Graph, Op, Storage
 from olla.graph.check import check
 from olla.graph.lifetimes import live_intervals, peak_bytes
-from olla.ilp import address, joint, order, order_form
-from olla.order.problem import Problem
+from olla.ilp import OrderForm, address, joint, order
 from olla.place.place import place
 from olla.solve import available
 
@@ -160,12 +159,12 @@ class ProgramTest(unittest.TestCase):
             self.assertEqual((found.arena_bytes, found.lower_bound_bytes), (7, 7))
 
     def test_the_model_can_be_written(self) -> None:
-        program = order_form.order_program(Problem.of(random_graph(random.Random(3), 4)))
+        form = OrderForm(random_graph(random.Random(3), 4))
         if "highs" not in SOLVERS:
             self.skipTest("HiGHS writes models")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "order.lp"
-            program.model.write(path)
+            form.model.write(path)
             text = path.read_text()
         for family in ("created_once", "continuity", "inputs_present", "resident_set"):
             self.assertIn(family, text)

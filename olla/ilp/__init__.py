@@ -1,8 +1,11 @@
-"""The paper's integer program, for any solver: the exact reference by which every heuristic is judged."""
+"""The paper's integer program, for any solver: the exact reference by which every heuristic is judged.
 
-from olla.ilp.address_form import address
-from olla.ilp.fit_form import fit
-from olla.ilp.joint_form import joint
-from olla.ilp.order_form import order
+Each form is a function, and a class that holds its ``model``, to be written to a file or given to a solver.
+"""
 
-__all__ = ["address", "fit", "joint", "order"]
+from olla.ilp.address_form import AddressForm, address
+from olla.ilp.fit_form import FitForm, fit
+from olla.ilp.joint_form import JointForm, joint
+from olla.ilp.order_form import OrderForm, order
+
+__all__ = ["AddressForm", "FitForm", "JointForm", "OrderForm", "address", "fit", "joint", "order"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, inf
 
 import numpy as np
@@ -18,9 +18,9 @@ from olla.ilp.families import SEQUENCE, resident_set
 from olla.ilp.program import proven_bytes
 from olla.ilp.sequences import SequenceProgram
 from olla.order.schedule import schedule
-from olla.solve import Status, solve
+from olla.solve import Model, Result, Status, solve
 
-__all__ = ["fit"]
+__all__ = ["FitForm", "fit"]
 
 _NANOSECONDS = 10**9
 _WARM_START = 0.25  # of the time limit, for an order to begin with
@@ -71,45 +71,77 @@ def fit(
         If the solver is not installed, or has no licence for a model of this size.
     """
     started = time.perf_counter()
-    costs = _Costs.of(graph, seconds, bytes_per_second)
-    least, pinned = _least(graph)
-    if budget_bytes < least:
-        raise InfeasibleError(
-            f"nothing fits into {budget_bytes:,} bytes: {pinned} alone needs {least:,} bytes",
-            lower_bound_bytes=least,
-            best_bytes=peak_bytes(graph, range(len(graph.ops))),
-        )
     known = schedule(graph, time_limit=_WARM_START * time_limit)
     if known.peak_bytes <= budget_bytes:
+        _Costs.of(graph, seconds, bytes_per_second)  # they are looked at, used or not
         return known
-    repeats = len(graph.ops) if repeats is None else repeats
-    program = SequenceProgram(graph, repeats=repeats, spilling=bytes_per_second is not None)
-    for family in SEQUENCE:
-        family(program)
-    units = budget_bytes // program.unit
-    budget = program.model.integers("budget", 1, units, units)
-    resident_set(program, int(budget[0]), np.arange(len(program.sizes)))
-    unit = _minimize_time(program, costs)
-    if program.spilling and (spills := _spilled(graph, known.order, budget_bytes)) is not None:
-        sequence = [*[-1] * repeats, *known.order, len(graph.ops)]
-        columns, values = program.values_of(sequence, [program.shifted(spill, repeats) for spill in spills])
-        program.model.hint(np.append(columns, budget), np.append(values, units))
-    result = solve(program.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
-    if result.values is None:
-        raise _infeasible(budget_bytes, known, least, repeats, proven=result.status is Status.INFEASIBLE)
-    order, spilled = _decoded(graph, program, result.values)
-    added = costs.added(graph, order, spilled)
-    peak = peak_bytes(graph, order, spilled)
-    return Schedule(
-        order,
-        peak,
-        min(peak, least),
-        f"integer program ({result.solver})",
-        time.perf_counter() - started,
-        spilled,
-        added / _NANOSECONDS,
-        min(added, max(0, proven_bytes(result, unit) - sum(costs.of_ops))) / _NANOSECONDS,
-    )
+    form = FitForm(graph, budget_bytes, seconds, repeats=repeats, bytes_per_second=bytes_per_second, start=known)
+    result = solve(form.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
+    return replace(form.schedule(result), seconds=time.perf_counter() - started)
+
+
+class FitForm:
+    """The model that minimizes the time, within the budget; ``start``, with spills, is its hint where that fits."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        budget_bytes: int,
+        seconds: Sequence[float],
+        *,
+        start: Schedule,
+        repeats: int | None = None,
+        bytes_per_second: float | None = None,
+    ) -> None:
+        self._graph, self._start, self._budget = graph, start, budget_bytes
+        self._costs = _Costs.of(graph, seconds, bytes_per_second)
+        self._least, pinned = _least(graph)
+        if budget_bytes < self._least:
+            raise InfeasibleError(
+                f"nothing fits into {budget_bytes:,} bytes: {pinned} alone needs {self._least:,} bytes",
+                lower_bound_bytes=self._least,
+                best_bytes=start.peak_bytes,
+            )
+        self._repeats = len(graph.ops) if repeats is None else repeats
+        program = self._program = SequenceProgram(graph, repeats=self._repeats, spilling=bytes_per_second is not None)
+        for family in SEQUENCE:
+            family(program)
+        units = budget_bytes // program.unit
+        budget = program.model.integers("budget", 1, units, units)
+        resident_set(program, int(budget[0]), np.arange(len(program.sizes)))
+        self._unit = _minimize_time(program, self._costs)
+        if program.spilling and (spills := _spilled(graph, start.order, budget_bytes)) is not None:
+            sequence = [*[-1] * self._repeats, *start.order, len(graph.ops)]
+            columns, values = program.values_of(sequence, [program.shifted(spill, self._repeats) for spill in spills])
+            program.model.hint(np.append(columns, budget), np.append(values, units))
+
+    @property
+    def model(self) -> Model:
+        """What a solver is given."""
+        return self._program.model
+
+    def schedule(self, result: Result) -> Schedule:
+        """What a solver's answer says; see :func:`fit` for what it raises."""
+        if result.values is None:
+            proven = result.status is Status.INFEASIBLE
+            why = f"no sequence with {self._repeats} repeats" if proven else "nothing that was found in time"
+            raise InfeasibleError(
+                f"{why} fits into {self._budget:,} bytes; {self._start.peak_bytes:,} bytes suffice without repeats",
+                lower_bound_bytes=self._least,
+                best_bytes=self._start.peak_bytes,
+            )
+        order, spills = _decoded(self._graph, self._program, result.values)
+        peak, added = peak_bytes(self._graph, order, spills), self._costs.added(self._graph, order, spills)
+        return Schedule(
+            order,
+            peak,
+            min(peak, self._least),
+            f"integer program ({result.solver})",
+            result.seconds,
+            spills,
+            added / _NANOSECONDS,
+            min(added, max(0, proven_bytes(result, self._unit) - sum(self._costs.of_ops))) / _NANOSECONDS,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +193,6 @@ def _least(graph: Graph) -> tuple[int, str]:
 
     needs = [(size(op.touches) + op.workspace, f"op {op.name!r}") for op in graph.ops]
     return max([(size(set(graph.outputs)), "the outputs"), *needs], key=lambda need: need[0])
-
-
-def _infeasible(budget_bytes: int, known: Schedule, least: int, repeats: int, *, proven: bool) -> InfeasibleError:
-    why = f"no sequence with {repeats} repeats" if proven else "nothing that was found in time"
-    return InfeasibleError(
-        f"{why} fits into {budget_bytes:,} bytes; without repeats, {known.peak_bytes:,} bytes suffice",
-        lower_bound_bytes=least,
-        best_bytes=known.peak_bytes,
-    )
 
 
 def _spilled(graph: Graph, order: Sequence[int], budget_bytes: int) -> list[Spill] | None:

@@ -19,9 +19,9 @@ from olla.ilp.program import proven_bytes
 from olla.order.problem import Integers, Problem
 from olla.order.schedule import schedule
 from olla.place.place import place
-from olla.solve import solve
+from olla.solve import Model, Result, solve
 
-__all__ = ["joint"]
+__all__ = ["JointForm", "joint"]
 
 _TWO_PHASES = 0.25  # of the time limit, each: for the order, and then the addresses, that the solver starts from
 
@@ -50,26 +50,21 @@ def joint(
         known = schedule(graph, time_limit=_TWO_PHASES * time_limit)
         addresses = place(graph, known.order, alignment=alignment, time_limit=_TWO_PHASES * time_limit)
         start = Plan.of(graph, known, addresses)
-    form = _JointForm(graph, start, alignment)
-    result = solve(form.program.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
-    assert result.values is not None, "the plan to start from is a solution"
-    order = tuple(op for op in form.program.sequence(result.values).tolist() if op < len(graph.ops))
-    addresses = form.addresses(order, result.values, proven_bytes(result, form.program.unit))
-    peak = peak_bytes(graph, order)
-    method, seconds = f"integer program ({result.solver})", time.perf_counter() - started
-    return Plan.of(graph, Schedule(order, peak, min(peak, start.lower_bound_bytes), method, seconds), addresses)
+    form = JointForm(graph, start, alignment=alignment)
+    result = solve(form.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
+    return replace(form.plan(result), seconds=time.perf_counter() - started)
 
 
-class _JointForm:
-    """The model; every storage that is no output, and every workspace, has an address."""
+class JointForm:
+    """The model; every storage that is no output, and every workspace, has an address. ``start`` is its hint."""
 
-    def __init__(self, graph: Graph, start: Plan, alignment: int) -> None:
+    def __init__(self, graph: Graph, start: Plan, *, alignment: int = 1) -> None:
         assert start.offsets is not None, "a plan with addresses"
         assert start.arena_bytes is not None
-        self._graph, self._alignment = graph, alignment
+        self._graph, self._start, self._alignment = graph, start, alignment
         self._solid = _with_workspaces_as_storages(graph)
         self._own = [index for index, storage in enumerate(self._solid.storages) if not storage.persistent]
-        program = self.program = OrderProgram(Problem.of(_rounded_up(self._solid, alignment)))
+        program = self._program = OrderProgram(Problem.of(_rounded_up(self._solid, alignment)))
         for family in ORDER:
             family(program)
         outputs = np.isin(self._own, graph.outputs)
@@ -94,10 +89,24 @@ class _JointForm:
             np.concatenate([values, at, [top], at[one] + sizes[one] <= at[other], at[other] + sizes[other] <= at[one]]),
         )
 
+    @property
+    def model(self) -> Model:
+        """What a solver is given."""
+        return self._program.model
+
+    def plan(self, result: Result) -> Plan:
+        """What a solver's answer says."""
+        assert result.values is not None, "the plan to start from is a solution"
+        order = tuple(op for op in self._program.sequence(result.values).tolist() if op < len(self._graph.ops))
+        addresses = self._addresses(order, result.values, proven_bytes(result, self._program.unit))
+        peak, method = peak_bytes(self._graph, order), f"integer program ({result.solver})"
+        bound = min(peak, self._start.lower_bound_bytes)
+        return Plan.of(self._graph, Schedule(order, peak, bound, method, result.seconds), addresses)
+
     def _pairs(self, sizes: Integers) -> tuple[Integers, Integers]:
         """Pairs of what may be alive together, as positions in ``_inside``."""
         one, other = np.triu_indices(len(sizes), 1)
-        apart = certainly_apart(self.program, self._inside[one], self._inside[other])
+        apart = certainly_apart(self._program, self._inside[one], self._inside[other])
         wanted = (sizes[one] > 0) & (sizes[other] > 0) & ~apart
         return one[wanted], other[wanted]
 
@@ -109,11 +118,11 @@ class _JointForm:
         at = {life.storage: offset for life, offset in zip(lives, offsets, strict=True) if offset is not None}
         for step, offset, _ in workspaces:
             at[self._solid.ops[order[step]].creates[-1]] = offset
-        return np.array([at[self._own[storage]] for storage in self._inside], np.int64) // self.program.unit
+        return np.array([at[self._own[storage]] for storage in self._inside], np.int64) // self._program.unit
 
-    def addresses(self, order: tuple[int, ...], values: npt.NDArray[np.float64], bound: int) -> Addresses:
+    def _addresses(self, order: tuple[int, ...], values: npt.NDArray[np.float64], bound: int) -> Addresses:
         """Where everything is in a solution."""
-        found = values[self._offsets].astype(np.int64) * self.program.unit
+        found = values[self._offsets].astype(np.int64) * self._program.unit
         at = {self._own[storage]: int(offset) for storage, offset in zip(self._inside, found, strict=True)}
         workspaces = tuple(
             Workspace(step, at[self._solid.ops[op].creates[-1]], self._graph.ops[op].workspace)

@@ -14,7 +14,7 @@ from olla.place.allocate import allocate
 from olla.place.buffers import Buffer
 from olla.place.problem import Problem
 
-__all__ = ["Interval", "pack", "padded", "place", "unpadded"]
+__all__ = ["Interval", "intervals", "pack", "padded", "place", "unpadded"]
 
 Interval: TypeAlias = tuple[int, int, int]  # (start, end, bytes), half-open
 
@@ -39,37 +39,46 @@ def place(
     InvalidBuffersError
         If ``alignment`` is below 1.
     """
-    outputs = set(graph.outputs)
-    lives = live_intervals(graph, order, spills)
-    inside = [life for life in lives if life.storage not in outputs]
-    working = [(step, graph.ops[index].workspace) for step, index in enumerate(order) if graph.ops[index].workspace]
-    intervals = [(life.start, life.end, graph.storages[life.storage].size) for life in inside]
-    intervals += [(step, step + 1, size) for step, size in working]
-    found = pack(intervals, alignment=alignment, time_limit=time_limit)
+    found = pack(intervals(graph, order, spills), alignment=alignment, time_limit=time_limit)
     placed = iter(found.offsets)
+    lives, outputs = live_intervals(graph, order, spills), set(graph.outputs)
     return Addresses(
         offsets=tuple(None if life.storage in outputs else next(placed) for life in lives),
-        workspaces=tuple(Workspace(step, next(placed), size) for step, size in working),
+        workspaces=tuple(
+            Workspace(step, next(placed), graph.ops[index].workspace)
+            for step, index in enumerate(order)
+            if graph.ops[index].workspace
+        ),
         arena_bytes=found.arena_bytes,
         lower_bound_bytes=found.lower_bound_bytes,
     )
 
 
-def pack(intervals: Sequence[Interval], *, alignment: int, time_limit: float) -> Placement:
+def intervals(graph: Graph, order: Sequence[int], spills: Sequence[Spill] = ()) -> list[Interval]:
+    """What is placed: the lives of storages, but of outputs, and then the workspaces."""
+    lives = live_intervals(graph, order, spills)
+    inside = [
+        (start, end, graph.storages[storage].size) for storage, start, end in lives if storage not in graph.outputs
+    ]
+    working = [(step, step + 1, graph.ops[index].workspace) for step, index in enumerate(order)]
+    return inside + [interval for interval in working if interval[2]]
+
+
+def pack(lives: Sequence[Interval], *, alignment: int, time_limit: float) -> Placement:
     """Place (start, end, bytes) in an arena of which ``alignment`` is asked of offsets only, not of sizes."""
     if alignment < 1:
         raise InvalidBuffersError(f"the alignment is {alignment}: it must be at least 1")
-    buffers = padded(intervals, alignment)
-    return unpadded(intervals, allocate(buffers, alignment=alignment, gap=_GAP, time_limit=time_limit))
+    buffers = padded(lives, alignment)
+    return unpadded(lives, allocate(buffers, alignment=alignment, gap=_GAP, time_limit=time_limit))
 
 
-def padded(intervals: Sequence[Interval], alignment: int) -> list[Buffer]:
+def padded(lives: Sequence[Interval], alignment: int) -> list[Buffer]:
     """Buffers of full units, so that what is placed upon another one is aligned without a thought."""
-    return [Buffer(start, end, -(-size // alignment) * alignment) for start, end, size in intervals]
+    return [Buffer(start, end, -(-size // alignment) * alignment) for start, end, size in lives]
 
 
-def unpadded(intervals: Sequence[Interval], placement: Placement) -> Placement:
+def unpadded(lives: Sequence[Interval], placement: Placement) -> Placement:
     """The placement with the arena and the bound of the true sizes."""
-    tops = (offset + size for offset, (_, _, size) in zip(placement.offsets, intervals, strict=True))
-    bound = Problem.of([Buffer(*interval) for interval in intervals]).bound
+    tops = (offset + size for offset, (_, _, size) in zip(placement.offsets, lives, strict=True))
+    bound = Problem.of([Buffer(*interval) for interval in lives]).bound
     return replace(placement, arena_bytes=max(tops, default=0), lower_bound_bytes=bound)
