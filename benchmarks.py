@@ -5,6 +5,7 @@
     python benchmarks.py                              all models x batch 1 and 32 x train and eval
     python benchmarks.py --simulate                   the same, planned only: nothing is allocated
     python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
+    python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
 
 Every row plans one step of a model; where the step fits into memory, the planned and the eager step
 are run side by side and the allocator is asked for both peaks. The planned step runs in an arena, at
@@ -14,6 +15,9 @@ Inductor chooses among (least peak memory first, breadth first, depth first). "R
 CUDA caching allocator would take from the driver for two such steps, by the model of it in
 olla/measure/caching_allocator.py. With --gpu-profile, both steps run op by op; on a GPU, "reserved" is
 measured, without one, what was recorded is replayed through that model.
+With --ilp, each form of the integer program is stated for each graph and given to each solver, starting from what the
+planners found: the order, the addresses for it, both jointly, and, within a byte limit halfway between the planned peak
+and what some op needs for itself, what to recompute and what to spill (at most 3 repeats; times of ops are estimated).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,13 +45,18 @@ import olla
 from olla.graph.check import verify
 from olla.graph.events import Allocate, Event, events_of, lifetimes_of
 from olla.graph.lifetimes import peak_bytes
+from olla.ilp import AddressForm, FitForm, JointForm, OrderForm
+from olla.ilp.fit_form import least_bytes
 from olla.measure import caching_allocator
 from olla.measure.profile import MemoryProfile
 from olla.order.baselines import INDUCTOR
-from olla.place.place import pack, place
+from olla.place.place import Interval, addresses, intervals, pack, padded, place
 from olla.run.arena import Arena, Clock, Replay
+from olla.solve import available, solve
 
 _PLACING_SECONDS = 10
+_SECONDS_PER_OP = 1e-5  # an estimate, with the bytes that it touches
+_BYTES_PER_SECOND = 1e10
 
 
 @dataclass
@@ -168,6 +177,8 @@ MODELS: dict[str, Callable[[int], Workload]] = {
     "vit_b_16": _classifier("vit_b_16"),
     "xlmr": _language("XLMRobertaForMaskedLM", "XLMRobertaConfig", vocab_size=250002, max_position_embeddings=514),
 }
+ILP = ("alexnet", "vgg16", "squeezenet1_0", "resnet18")
+FORMS = ("order", "address", "joint", "recompute", "spill")
 QUICK = ("resnet18", "googlenet", "vit_b_16", "gpt2", "transformer_dflt")
 
 
@@ -208,14 +219,22 @@ class Row:
     time_ratio: float | None = None
     allocation_seconds: float | None = None  # for all allocations and releases of a step, by PyTorch's allocator
     arena_allocation_seconds: float | None = None
+    form: str | None = None  # of the integer program
+    solver: str | None = None
+    variables: int | None = None
+    constraints: int | None = None
+    build_seconds: float | None = None
+    solve_seconds: float | None = None
+    objective: float | None = None  # bytes; of the forms "recompute" and "spill" seconds
+    bound: float | None = None
     error: str = field(default="")
 
 
-def run_case(name: str, batch: int, mode: str, options: argparse.Namespace) -> Row:
+def run_case(row: Row, options: argparse.Namespace) -> Row:
     """Plan one case and, where it fits, run and measure it. Errors become part of the row."""
-    row = Row(name, batch, mode)
+    case = _solve if row.form else _simulate if options.simulate else _profile if options.gpu_profile else _fill
     try:
-        (_simulate if options.simulate else _profile if options.gpu_profile else _fill)(row, options)
+        case(row, options)
     except Exception as error:  # one failing model must not end the run
         row.error = f"{type(error).__name__}: {error}".replace("\n", " ")
     gc.collect()
@@ -246,12 +265,17 @@ def _note_simulated(row: Row, plan: olla.Plan) -> None:
     row.lower_bound_bytes, row.gap, row.status = plan.lower_bound_bytes, plan.gap, plan.status
 
 
-def _simulate(row: Row, options: argparse.Namespace) -> None:
+def _captured(row: Row) -> olla.Graph:
     with torch.device("meta"):
         workload, training = _workload(row)
     started = time.perf_counter()
     graph = olla.to_graph(workload.model, workload.inputs, **training)
     row.capture_seconds = time.perf_counter() - started
+    return graph
+
+
+def _simulate(row: Row, options: argparse.Namespace) -> None:
+    graph = _captured(row)
     plan = olla.Plan.of(graph, olla.schedule(graph))
     _note(row, plan)
     _note_simulated(row, plan)
@@ -287,6 +311,54 @@ def _fill(row: Row, options: argparse.Namespace) -> None:
     row.exact, row.arena_bytes, row.fragmentation = measured.exact, step.plan.arena_bytes, step.plan.fragmentation
     row.missed = measured.arena.missed if measured.arena else None
     row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
+
+
+def _solve(row: Row, options: argparse.Namespace) -> None:
+    """State one form of the integer program, and let one solver improve what the planners found."""
+    graph = _captured(row)
+    known = olla.schedule(graph)
+    row.ops, row.planning_seconds = len(graph.ops), known.seconds
+    lives = intervals(graph, known.order)
+    started = time.perf_counter()
+    form = _form(row.form, graph, known, lives)
+    problem = form.model.problem()
+    row.build_seconds = time.perf_counter() - started
+    row.constraints, row.variables = problem.matrix.shape
+    result = solve(form.model, row.solver, time_limit=options.solve_seconds)
+    row.solve_seconds, row.status = result.seconds, result.status.value
+    if isinstance(form, AddressForm):
+        placement = form.placement(result)
+        row.objective, row.bound = placement.arena_bytes, placement.lower_bound_bytes
+        verify(graph, olla.Plan.of(graph, known, addresses(graph, known.order, placement)))
+    elif isinstance(form, JointForm):
+        plan = form.plan(result)
+        row.objective, row.bound = plan.arena_bytes, plan.arena_lower_bound_bytes
+        verify(graph, plan)
+    else:
+        found = form.schedule(result)
+        is_order = isinstance(form, OrderForm)
+        row.objective = found.peak_bytes if is_order else found.extra_seconds
+        row.bound = found.lower_bound_bytes if is_order else found.extra_seconds_lower_bound
+        verify(graph, olla.Plan.of(graph, found))
+
+
+def _form(name: str, graph: olla.Graph, known: olla.Schedule, lives: list[Interval]) -> Any:
+    if name == "order":
+        return OrderForm(graph, known)
+    placement = pack(lives, alignment=1, time_limit=_PLACING_SECONDS)
+    if name == "address":
+        return AddressForm(padded(lives, 1), placement)
+    if name == "joint":
+        return JointForm(graph, olla.Plan.of(graph, known, addresses(graph, known.order, placement)))
+    sizes = [sum(graph.storages[storage].size for storage in op.touches) for op in graph.ops]
+    return FitForm(
+        graph,
+        (least_bytes(graph)[0] + known.peak_bytes) // 2,
+        [_SECONDS_PER_OP + size / _BYTES_PER_SECOND for size in sizes],
+        start=known,
+        repeats=3 if name == "recompute" else 0,
+        bytes_per_second=_BYTES_PER_SECOND if name == "spill" else None,
+    )
 
 
 def _profile(row: Row, options: argparse.Namespace) -> None:
@@ -365,11 +437,20 @@ def _available_bytes() -> int:
 
 # ---------------------------------------------------------------------------------- the table
 
+_TEXT = ("model", "mode", "form", "solver", "status", "error")
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
     "batch": lambda row: str(row.batch_size),
     "mode": lambda row: row.mode,
+    "form": lambda row: row.form or "-",
+    "solver": lambda row: row.solver or "-",
     "ops": lambda row: _number(row.ops),
+    "variables": lambda row: _number(row.variables),
+    "rows": lambda row: _number(row.constraints),
+    "build s": lambda row: _seconds(row.build_seconds),
+    "solve s": lambda row: _seconds(row.solve_seconds),
+    "objective": lambda row: _objective(row, row.objective),
+    "bound": lambda row: _objective(row, row.bound),
     "eager MiB": lambda row: _mebibytes(row.simulated_eager_bytes),
     "planned": lambda row: _mebibytes(row.simulated_planned_bytes),
     "eager reserved": lambda row: _mebibytes(row.reserved_eager_bytes),
@@ -408,11 +489,17 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _objective(row: Row, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:,.3f} ms" if row.form in ("recompute", "spill") else f"{value / 2**20:,.3f} MiB"
+
+
 def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value * 1e3:.2f} ms"
 
 
-def show(cases: list[tuple[str, int, str]], options: argparse.Namespace) -> Iterator[Row]:
+def show(cases: list[Row], options: argparse.Namespace) -> Iterator[Row]:
     """Run the cases, with a table and a progress bar that grow while they run."""
     from rich.console import Console, Group
     from rich.live import Live
@@ -423,9 +510,9 @@ def show(cases: list[tuple[str, int, str]], options: argparse.Namespace) -> Iter
     progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     task = progress.add_task("", total=len(cases))
     with Live(Group(_table(rows), progress), console=console, transient=True) as live:
-        for name, batch, mode in cases:
-            progress.update(task, description=f"{name}, batch {batch}, {mode}")
-            rows.append(run_case(name, batch, mode, options))
+        for case in cases:
+            progress.update(task, description=f"{case.model}, batch {case.batch_size}, {case.form or case.mode}")
+            rows.append(run_case(case, options))
             progress.advance(task)
             live.update(Group(_table(rows), progress), refresh=True)
             yield rows[-1]
@@ -435,11 +522,16 @@ def show(cases: list[tuple[str, int, str]], options: argparse.Namespace) -> Iter
 def _table(rows: list[Row]) -> Any:
     from rich.table import Table
 
-    table = Table(title="Peak above what lives across steps: eager PyTorch and OLLA")
+    title = "Peak above what lives across steps: eager PyTorch and OLLA"
+    table = Table(
+        title=title if not any(row.form for row in rows) else "The integer program, and what solvers make of it"
+    )
     empty = ("", "-")
     shown = {name: text for name, text in _COLUMNS.items() if any(text(row) not in empty for row in rows)}
     for name in shown:
-        table.add_column(name, justify="left" if name in ("model", "mode", "status", "error") else "right")
+        table.add_column(
+            name, justify="left" if name in ("model", "mode", "form", "solver", "status", "error") else "right"
+        )
     for row in rows:
         table.add_row(*(text(row) for text in shown.values()))
     return table
@@ -525,19 +617,28 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="let glibc keep the memory it got, as a fast eager PyTorch does: the other half of an honest ratio",
     )
+    parser.add_argument(
+        "--ilp", action="store_true", help=f"solve the paper's integer program; {', '.join(ILP)}, unless said otherwise"
+    )
+    parser.add_argument("--form", choices=FORMS, action="append", help="with --ilp: may be repeated; default all")
+    parser.add_argument("--solver", choices=("cpsat", "gurobi", "highs"), action="append", help="as --form")
+    parser.add_argument(
+        "--solve-seconds", type=float, default=60.0, help="with --ilp: the limit of each solver; default %(default)s"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the models and stop")
     options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(MODELS))
         return 0
-    names = options.model or list(QUICK if options.quick else MODELS)
+    names = options.model or list(QUICK if options.quick else ILP if options.ilp else MODELS)
     batches = options.batch_size or ([1] if options.quick else [1, 32])
-    modes = options.mode or (["train"] if options.quick else ["train", "eval"])
+    modes = options.mode or (["train"] if options.quick or options.ilp else ["train", "eval"])
     if min(batches) < 1:
         parser.error("--batch-size must be positive")
     measuring = options.execute or options.skip_simulation or options.skip_node_ordering or options.tuned_malloc
-    if (options.simulate or options.gpu_profile) and (measuring or (options.simulate and options.gpu_profile)):
-        parser.error("--simulate and --gpu-profile go with no other option that says what to do")
+    others = [options.simulate, options.gpu_profile, options.ilp]
+    if sum(others) + bool(measuring) > 1 and any(others):
+        parser.error("--simulate, --gpu-profile and --ilp go with no other option that says what to do")
     if (options.generate_addresses and not options.simulate) or (
         options.profile_alloc_time and not options.gpu_profile
     ):
@@ -548,12 +649,21 @@ def main(arguments: list[str] | None = None) -> int:
     ops_path = options.log_path.with_suffix(".ops.csv")
     if options.gpu_profile and not options.append_log:
         ops_path.unlink(missing_ok=True)
+    cases = [Row(*case) for case in product(names, batches, modes)]
+    if options.ilp:
+        tasks = list(product(options.form or FORMS, options.solver or available()))
+        cases = [replace(case, form=form, solver=solver) for case in cases for form, solver in tasks]
     rows = []
-    for row in show(list(product(names, batches, modes)), options):
+    for row in show(cases, options):
         rows.append(row)
         write_log([row], options.log_path, append=options.append_log or len(rows) > 1)
     if options.simulate:
         print(summary(rows))
+    if options.ilp:
+        print(
+            "For comparison, a claim of the authors of MODeL, with Gurobi on a larger machine, not measured here:\n"
+            "order and addresses of their models in less than 7 seconds (median)."
+        )
     also = f", those of each operator in {ops_path}" if options.gpu_profile else ""
     print(f"The figures are in {options.log_path}{also}.")
     return 0 if any(not row.error for row in rows) else 1

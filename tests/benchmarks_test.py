@@ -15,10 +15,16 @@ import torch
 from torch import nn
 
 import benchmarks
+from olla.solve import available
 
 
 def tiny(batch: int) -> benchmarks.Workload:
     return benchmarks.Workload(nn.Linear(64, 64), (torch.randn(batch, 64),))
+
+
+def deep(batch: int) -> benchmarks.Workload:
+    layers = [layer for _ in range(2) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    return benchmarks.Workload(nn.Sequential(*layers), (torch.randn(batch, 8),))
 
 
 def failing(batch: int) -> benchmarks.Workload:
@@ -30,7 +36,7 @@ class BenchmarksTest(unittest.TestCase):
         output = io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
             path = Path(folder) / "log.csv"
-            with mock.patch.dict(benchmarks.MODELS, {"tiny": tiny, "failing": failing}):
+            with mock.patch.dict(benchmarks.MODELS, {"tiny": tiny, "deep": deep, "failing": failing}):
                 status = benchmarks.main([*arguments, "--log-path", str(path)])
                 if "--append-log" in arguments:
                     status = benchmarks.main([*arguments, "--log-path", str(path)])
@@ -107,6 +113,18 @@ class BenchmarksTest(unittest.TestCase):
         self.assertTrue((log.allocation_seconds > 0).all() and (log.arena_allocation_seconds > 0).all())
 
     @unittest.skipUnless(hasattr(ctypes.CDLL(None), "mallopt"), "needs the malloc of glibc")
+    @unittest.skipUnless(available(), "no solver is installed")
+    def test_the_integer_program_is_solved_in_each_form(self) -> None:
+        status, log, text = self.run_with("--ilp", "-m", "deep", "-b", "99", "--solver", available()[0])
+        self.assertEqual(status, 0)
+        self.assertEqual(list(log.form), list(benchmarks.FORMS))
+        self.assertTrue((log.variables > 0).all() and (log.constraints > 0).all())
+        for row in log[log.form.isin(["order", "address", "joint"])].itertuples():
+            self.assertEqual((row.status, row.objective), ("optimal", row.bound))
+        [spill] = log[log.form == "spill"].itertuples()
+        self.assertGreater(spill.objective, 0)
+        self.assertIn("not measured here", text)
+
     def test_malloc_can_be_tuned(self) -> None:
         script = "import benchmarks; benchmarks._tune_malloc()"  # for good, so in a process of its own
         subprocess.run([sys.executable, "-c", script], cwd=Path(benchmarks.__file__).parent, check=True)

@@ -20,7 +20,7 @@ from olla.ilp.sequences import SequenceProgram
 from olla.order.schedule import schedule
 from olla.solve import Model, Result, Status, solve
 
-__all__ = ["FitForm", "fit"]
+__all__ = ["FitForm", "fit", "least_bytes"]
 
 _NANOSECONDS = 10**9
 _WARM_START = 0.25  # of the time limit, for an order to begin with
@@ -95,7 +95,7 @@ class FitForm:
     ) -> None:
         self._graph, self._start, self._budget = graph, start, budget_bytes
         self._costs = _Costs.of(graph, seconds, bytes_per_second)
-        self._least, pinned = _least(graph)
+        self._least, pinned = least_bytes(graph)
         if budget_bytes < self._least:
             raise InfeasibleError(
                 f"nothing fits into {budget_bytes:,} bytes: {pinned} alone needs {self._least:,} bytes",
@@ -185,7 +185,7 @@ def _minimize_time(program: SequenceProgram, costs: _Costs) -> int:
     return unit
 
 
-def _least(graph: Graph) -> tuple[int, str]:
+def least_bytes(graph: Graph) -> tuple[int, str]:
     """The bytes that nothing can do without, and what needs them: an op with all that it touches, or the outputs."""
 
     def size(storages: Iterable[int]) -> int:

@@ -20,7 +20,7 @@ __all__ = ["improved_order", "improved_placement", "improved_plan"]
 
 _STEPS = 150  # of the order form
 _BUFFERS = 400  # of the address form
-_OPS = 60  # of the joint form
+_OPS = 100  # of the joint form
 
 
 def improved_order(graph: Graph, found: Schedule, *, solver: str, time_limit: float) -> Schedule:

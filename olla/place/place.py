@@ -14,7 +14,7 @@ from olla.place.allocate import allocate
 from olla.place.buffers import Buffer
 from olla.place.problem import Problem
 
-__all__ = ["Interval", "intervals", "pack", "padded", "place", "unpadded"]
+__all__ = ["Interval", "addresses", "intervals", "pack", "padded", "place", "unpadded"]
 
 Interval: TypeAlias = tuple[int, int, int]  # (start, end, bytes), half-open
 
@@ -39,7 +39,12 @@ def place(
     InvalidBuffersError
         If ``alignment`` is below 1.
     """
-    found = pack(intervals(graph, order, spills), alignment=alignment, time_limit=time_limit)
+    lives = intervals(graph, order, spills)
+    return addresses(graph, order, pack(lives, alignment=alignment, time_limit=time_limit), spills)
+
+
+def addresses(graph: Graph, order: Sequence[int], found: Placement, spills: Sequence[Spill] = ()) -> Addresses:
+    """A placement of :func:`intervals` as the addresses of a plan."""
     placed = iter(found.offsets)
     lives, outputs = live_intervals(graph, order, spills), set(graph.outputs)
     return Addresses(
