@@ -84,6 +84,18 @@ class ImproveTest(unittest.TestCase):
         for function in asked.values():
             function.assert_not_called()
 
+    @unittest.skipUnless("gurobi" in available(), "gurobipy is not installed")
+    def test_a_licence_that_is_too_small_leaves_the_plan_as_it_is(self) -> None:
+        large = tangled(60, seed=1)
+        start = program_order(large)
+        error = SolverUnavailableError("2,000 are free")
+        with (
+            mock.patch("olla.solve.gurobi.solve", side_effect=error),  # as without a licence, even where there is one
+            self.assertLogs("olla.ilp.improve", "WARNING") as logs,
+        ):
+            self.assertIs(improved_order(large, start, solver="gurobi", time_limit=60), start)
+        self.assertIn("stays as the planners made it: 2,000 are free", logs.output[0])
+
     def test_a_step_is_planned_with_a_solver_and_runs_as_ever(self) -> None:
         torch.manual_seed(0)
         model, inputs = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(5, 8)

@@ -1,12 +1,16 @@
 """What a solver adds to what the planners found: each form starts from it, and only where something is left to gain.
 
-A form that would be too large is not tried: the numbers of steps, and of pairs, are squared.
+A form that would be too large is not tried: the numbers of steps, and of pairs, are squared. If it is too large for
+the licence of the solver, there is a warning, and what the planners found stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from olla.errors import SolverUnavailableError
 from olla.graph.graph import Graph
 from olla.graph.plan import Placement, Plan, Schedule
 from olla.ilp.address_form import address
@@ -18,6 +22,9 @@ from olla.place.place import Interval, padded, unpadded
 
 __all__ = ["improved_order", "improved_placement", "improved_plan"]
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 _STEPS = 150  # of the order form
 _BUFFERS = 400  # of the address form
 _OPS = 100  # of the joint form
@@ -27,7 +34,7 @@ def improved_order(graph: Graph, found: Schedule, *, solver: str, time_limit: fl
     """``found``, or a better order, or at least a better bound."""
     if found.peak_bytes == found.lower_bound_bytes or Reduced.of(Problem.of(graph)).merged().problem.op_count > _STEPS:
         return found
-    return order(graph, start=found, solver=solver, time_limit=time_limit)
+    return _or(found, lambda: order(graph, start=found, solver=solver, time_limit=time_limit))
 
 
 def improved_placement(
@@ -38,13 +45,21 @@ def improved_placement(
         return found
     buffers = padded(intervals, alignment)
     start = Placement(found.offsets, max(at + b.size for at, b in zip(found.offsets, buffers, strict=True)))
-    better = unpadded(intervals, address(buffers, start=start, solver=solver, time_limit=time_limit))
-    return better if better.arena_bytes < found.arena_bytes else found
+    lowered = _or(start, lambda: address(buffers, start=start, solver=solver, time_limit=time_limit))
+    return min(found, unpadded(intervals, lowered), key=lambda placement: placement.arena_bytes)
 
 
 def improved_plan(graph: Graph, found: Plan, *, alignment: int, solver: str, time_limit: float) -> Plan:
     """``found``, a plan with addresses, or one with a smaller arena, in any order."""
     if found.arena_bytes == found.arena_lower_bound_bytes or len(graph.ops) > _OPS:
         return found
-    better = joint(graph, start=found, alignment=alignment, solver=solver, time_limit=time_limit)
+    better = _or(found, lambda: joint(graph, start=found, alignment=alignment, solver=solver, time_limit=time_limit))
     return min(found, better, key=lambda plan: plan.arena_bytes or 0)
+
+
+def _or(found: T, improve: Callable[[], T]) -> T:
+    try:
+        return improve()
+    except SolverUnavailableError as error:
+        log.warning("the plan stays as the planners made it: %s", error)
+        return found
