@@ -94,6 +94,18 @@ class CheckTest(unittest.TestCase):
         )
         self.assertIn(ViolationKind.REPEATED_EFFECT, self.kinds(graph, plan_for(graph, (0, 0, 1))))
 
+    def test_a_draw_that_is_replayed_may_be_repeated(self) -> None:
+        graph = Graph(
+            (
+                Op("draw", creates=(1,), writes=(0,), writes_once=(0,)),
+                Op("draw again", creates=(2,), writes=(0,)),
+                Op("use", reads=(1,)),
+            ),
+            (Storage("random generator", 0, persistent=True), Storage("mask", 4), Storage("other", 4)),
+        )
+        self.assertEqual(self.kinds(graph, plan_for(graph, (0, 1, 0, 2))), set())
+        self.assertIn(ViolationKind.REPEATED_EFFECT, self.kinds(graph, plan_for(graph, (0, 1, 2, 1))))
+
     def test_storage_that_is_not_there(self) -> None:
         self.assertIn(ViolationKind.ABSENT_STORAGE, self.corrupted(order=(1, 0, 3, 2, 4, 5)))
 

@@ -112,7 +112,8 @@ def _completeness(graph: Graph, plan: Plan) -> Iterator[Violation]:
             yield Violation(
                 ViolationKind.UNDECLARED_REPEAT, f"{where} runs {count} times, {declared} recomputations are declared"
             )
-        if count > 1 and any(graph.storages[s].persistent for s in graph.ops[op].writes):
+        once = graph.ops[op].writes_once
+        if count > 1 and any(graph.storages[s].persistent and s not in once for s in graph.ops[op].writes):
             yield Violation(ViolationKind.REPEATED_EFFECT, where)
 
 
@@ -125,9 +126,12 @@ def _contents(graph: Graph, plan: Plan) -> Iterator[Violation]:
     expected = _versions_in_program_order(graph)
     version = {index: 0 for index, storage in enumerate(graph.storages) if storage.persistent}
     away = {(spill.storage, step) for spill in plan.spills for step in range(spill.start, spill.end)}
+    seen: set[int] = set()
     for step, index in enumerate(plan.order):
         op = graph.ops[index]
-        for storage in op.reads + op.writes:
+        writes = [storage for storage in op.writes if index not in seen or storage not in op.writes_once]
+        seen.add(index)
+        for storage in (*op.reads, *writes):
             where = f"step {step}, {_op(graph, index)}, {_storage(graph, storage)}"
             if storage not in version or (storage, step) in away:
                 yield Violation(ViolationKind.ABSENT_STORAGE, where)
@@ -136,7 +140,7 @@ def _contents(graph: Graph, plan: Plan) -> Iterator[Violation]:
                 yield Violation(ViolationKind.STALE_STORAGE, f"{where}: {found}")
         for storage in op.creates:
             version[storage] = 1
-        for storage in op.writes:
+        for storage in writes:
             version[storage] = expected[index, storage] + 1
     for storage in graph.outputs:
         final = sum(storage in op.creates + op.writes for op in graph.ops)

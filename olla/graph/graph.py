@@ -36,7 +36,9 @@ class Op:
     """One operator call. The tuples hold storage ids, positions in ``Graph.storages``.
 
     State that is not memory is modelled as a persistent storage of size 0 that the op writes: a
-    random generator, for example, so that draws keep their order and are never repeated.
+    random generator, for example, so that draws keep their order. An op that writes persistent storages
+    can run again only if a repeat leaves them alone and makes the same of all others: a batch norm does without its running
+    statistics, a dropout replays its state of the generator. These stand in ``writes_once``, too.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Op:
     writes: tuple[int, ...] = ()  # storages that exist already and that it changes in place
     workspace: int = 0  # bytes that it holds only while it runs
     source: str = ""  # the line of the model it comes from, if known
+    writes_once: tuple[int, ...] = ()  # of the writes, those to persistent storages that a repeat does without
 
     @property
     def touches(self) -> tuple[int, ...]:
@@ -111,7 +114,7 @@ class Graph:
     @cached_property
     def digest(self) -> str:
         """A fingerprint of all that a plan depends on, which names and sources are not."""
-        ops = [(op.creates, op.reads, op.writes, op.workspace) for op in self.ops]
+        ops = [(op.creates, op.reads, op.writes, op.workspace, op.writes_once) for op in self.ops]
         storages = [(storage.size, storage.persistent) for storage in self.storages]
         return hashlib.sha256(json.dumps([ops, storages, self.outputs]).encode()).hexdigest()
 
@@ -170,7 +173,9 @@ def _require_integers(values: Sequence[Any], where: str) -> None:
 
 
 def _op_from_dict(entry: dict[str, Any]) -> Op:
-    tuples: dict[str, Any] = {key: tuple(entry[key]) for key in ("creates", "reads", "writes") if key in entry}
+    tuples: dict[str, Any] = {
+        key: tuple(entry[key]) for key in ("creates", "reads", "writes", "writes_once") if key in entry
+    }
     return Op(**(entry | tuples))
 
 
@@ -192,6 +197,9 @@ def _validate(graph: Graph) -> None:
         _require_known(op.touches, graph, where)
         if len(set(op.touches)) != len(op.touches):
             raise InvalidGraphError(f"{where} names a storage twice: creates, reads and writes must be disjoint")
+        for once in op.writes_once:
+            if once not in op.writes or not graph.storages[once].persistent:
+                raise InvalidGraphError(f"{where} writes storage {once} once, but it is not persistent or not written")
     exists = {position for position, storage in enumerate(graph.storages) if storage.persistent}
     for index, op in enumerate(graph.ops):
         where = f"op {index} ({op.name!r})"
