@@ -37,8 +37,8 @@ class Op:
 
     State that is not memory is modelled as a persistent storage of size 0 that the op writes: a
     random generator, for example, so that draws keep their order. An op that writes persistent storages
-    can run again only if a repeat leaves them alone and makes the same of all others: a batch norm does without its running
-    statistics, a dropout replays its state of the generator. These stand in ``writes_once``, too.
+    can run again only if a repeat leaves them alone and makes the same of all others: a batch norm does without
+    its running statistics, a dropout replays its state of the generator. These stand in ``writes_once``, too.
     """
 
     name: str
