@@ -23,7 +23,7 @@ from olla.capture.workspace import workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
 from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
-__all__ = ["Lowered", "lower", "tensors_of"]
+__all__ = ["Lowered", "is_random", "lower", "statistics_of", "tensors_of"]
 
 # Arguments that an operator writes although its schema does not say so, and the one that enables it, if any.
 _UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int | None]] = {
@@ -83,7 +83,7 @@ class _Builder:
     def is_view(self, node: fx.Node) -> bool:
         """Whether the call only hands out tensors on storages that exist: no bytes, no effect."""
         results = _tensors(node)
-        if not results or _writes(node) or _is_random(node):
+        if not results or _writes(node) or is_random(node):
             return False
         return all(storage_key(tensor) in self.ids for tensor in results)
 
@@ -92,12 +92,14 @@ class _Builder:
 
     def add_op(self, node: fx.Node) -> None:
         writes = self.existing(_writes(node))
-        if _is_random(node):
+        once = {s for s in self.existing(statistics_of(node)) if self.storages[s].persistent}
+        if is_random(node):
             writes |= {self._generator()}
+            once |= {self._generator()} if _is_replayable(node) else set()
         reads = self.existing(node.all_input_nodes) - writes
         creates = [self._add_storage(t, node.name) for t in _tensors(node) if storage_key(t) not in self.ids]
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
-        self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node))
+        self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node), once)
 
     def add_update(self, program: Program, traced: Trace, node: fx.Node) -> None:
         slot = node.args[2]
@@ -124,7 +126,14 @@ class _Builder:
         return {self.ids[storage_key(tensor)] for node in nodes for tensor in _tensors(node)}
 
     def _append(
-        self, node: fx.Node, name: str, creates: list[int], reads: set[int], writes: set[int], workspace: int
+        self,
+        node: fx.Node,
+        name: str,
+        creates: list[int],
+        reads: set[int],
+        writes: set[int],
+        workspace: int,
+        writes_once: Iterable[int] = (),
     ) -> None:
         self.ops.append(
             Op(
@@ -134,6 +143,7 @@ class _Builder:
                 writes=tuple(sorted(writes)),
                 workspace=workspace,
                 source=line_of_trace(node.meta.get("stack_trace") or ""),
+                writes_once=tuple(sorted(writes_once)),
             )
         )
         self.nodes.append(node)
@@ -175,6 +185,14 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     return written
 
 
+def statistics_of(node: fx.Node) -> list[fx.Node]:
+    """The running statistics that a batch norm updates and does not use: given None instead, it computes the same."""
+    positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), None))
+    if enabled_by is None or not node.args[enabled_by]:
+        return []
+    return [found for position in positions for found in _nodes(node.args[position])]
+
+
 def _nodes(value: object) -> Iterator[fx.Node]:
     if isinstance(value, fx.Node):
         yield value
@@ -183,6 +201,13 @@ def _nodes(value: object) -> Iterator[fx.Node]:
             yield from _nodes(item)
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether the call draws random numbers."""
     target = node.target
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _is_replayable(node: fx.Node) -> bool:
+    """Whether all that a random call draws comes from the generator of its device, whose state can be kept."""
+    devices = {tensor.device for tensor in _tensors(node)}
+    return node.kwargs.get("generator") is None and len(devices) == 1

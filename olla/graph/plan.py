@@ -12,7 +12,7 @@ from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import Spill, peak_bytes
 
-__all__ = ["Addresses", "Placement", "Plan", "Schedule", "Spill", "Workspace"]
+__all__ = ["Addresses", "Placement", "Plan", "Schedule", "Spill", "Workspace", "extra_runs"]
 
 FORMAT = "olla-plan-1"
 

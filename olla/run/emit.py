@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from olla.capture.lower import Lowered
+from olla.capture.lower import Lowered, is_random, statistics_of, tensors_of
 from olla.capture.rewrite import slices_that_keep_the_bits, weight_gradient
 from olla.capture.trace import Trace
 from olla.capture.updates import UPDATE, Update
+from olla.graph.plan import extra_runs
+from olla.run.random import random_state, replay
 from olla.torch_private import OpOverload
 
 __all__ = ["emit"]
@@ -27,6 +29,8 @@ def emit(
 ) -> fx.GraphModule:
     """The step of ``traced``, its ops in ``order``; ``.code`` of the result is what runs.
 
+    An op that stands in ``order`` again runs again: readers take the latest result, running statistics are left
+    alone, and the same random numbers are drawn.
     Views are taken right before they are needed. The parts of a result are taken right after the
     call, so that the tuple does not keep them all alive. ``tell`` is called with the position in the
     order before each op, ``watch`` after it, with the position and what the op returned.
@@ -42,12 +46,15 @@ class _Emitter:
         self._graph = fx.Graph()
         self._emitted: dict[fx.Node, fx.Node] = {}
         self._updates: dict[str, Update] = {}
+        self._repeated: set[int] = set()
+        self._random_states: dict[fx.Node, fx.Node] = {}
 
     def emit(self, order: Sequence[int]) -> fx.GraphModule:
         module = self._traced.module
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self._copy(node)
+        self._repeated = {*extra_runs(order)}
         for position, index in enumerate(order):
             self._emit_op(position, index)
         output = module.graph.output_node()
@@ -66,11 +73,30 @@ class _Emitter:
         if node.target is UPDATE:
             self._emit_update(index)
             return
-        self._copy(node)
+        if node in self._emitted:
+            self._emit_again(index)
+        else:
+            if index in self._repeated and is_random(node):
+                self._random_states[node] = self._graph.call_function(random_state, (_device_of(node),))
+            self._copy(node)
         self._call("look", position, self._emitted[node])
         for part in node.users:
             if part.target is operator.getitem and part.users:
                 self._copy(part)
+
+    def _emit_again(self, index: int) -> None:
+        node, op = self._lowered.nodes[index], self._lowered.graph.ops[index]
+        for view, storages in self._lowered.views.items():
+            if not storages.isdisjoint(op.creates):
+                self._emitted.pop(view, None)  # it is on what was made the last time
+        self._copy(node)
+        again = self._emitted[node]
+        if op.writes_once:
+            statistics = [self._emitted[found] for found in statistics_of(node)]
+            again.args = tuple(None if argument in statistics else argument for argument in again.args)
+        if node in self._random_states:
+            arguments: tuple[Any, ...] = (self._random_states[node], _device_of(node), again.target)
+            again.args, again.target = (*arguments, *again.args), replay
 
     def _call(self, hook: str, *arguments: int | fx.Node) -> None:
         if hook in self._hooks:
@@ -110,3 +136,7 @@ class _Emitter:
             name += "_again"
         self._updates[name] = self._traced.updates[slot]
         self._graph.call_module(name, tuple(self._emitted[gradient] for gradient in gradients))
+
+
+def _device_of(node: fx.Node) -> torch.device:
+    return tensors_of(node.meta["val"])[0].device
