@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 import olla
 from olla.graph.check import verify
-from olla.graph.events import Allocate, Event, events_of, lifetimes_of
+from olla.graph.events import Allocate, Event, eager_events_of, events_of, lifetimes_of
 from olla.graph.lifetimes import peak_bytes
 from olla.ilp import AddressForm, FitForm, JointForm, OrderForm
 from olla.ilp.fit_form import least_bytes
@@ -279,7 +279,7 @@ def _simulate(row: Row, options: argparse.Namespace) -> None:
     plan = olla.Plan.of(graph, olla.schedule(graph))
     _note(row, plan)
     _note_simulated(row, plan)
-    row.reserved_eager_bytes = caching_allocator.replay(events_of(graph, range(len(graph.ops)))).peak_reserved_bytes
+    row.reserved_eager_bytes = caching_allocator.replay(eager_events_of(graph)).peak_reserved_bytes
     row.reserved_planned_bytes = caching_allocator.replay(events_of(graph, plan.order)).peak_reserved_bytes
     for name, rule in INDUCTOR.items():
         setattr(row, f"inductor_{name}_bytes", peak_bytes(graph, rule(graph)))

@@ -15,6 +15,7 @@ from olla.errors import (
     CaptureError,
     ExecutionError,
     InfeasibleError,
+    InvalidBudgetError,
     InvalidBuffersError,
     InvalidGraphError,
     InvalidModelError,
@@ -27,7 +28,7 @@ from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Placement, Plan, Schedule
 
 if TYPE_CHECKING:
-    from olla.api import optimize, optimize_step, plan, to_graph
+    from olla.api import frontier, optimize, optimize_step, plan, to_graph
     from olla.measure.measurement import Measurement
     from olla.order.schedule import schedule
     from olla.place.allocate import allocate
@@ -40,6 +41,7 @@ __all__ = [
     "ExecutionError",
     "Graph",
     "InfeasibleError",
+    "InvalidBudgetError",
     "InvalidBuffersError",
     "InvalidGraphError",
     "InvalidModelError",
@@ -55,6 +57,7 @@ __all__ = [
     "Step",
     "Storage",
     "allocate",
+    "frontier",
     "optimize",
     "optimize_step",
     "plan",
@@ -68,6 +71,7 @@ _LOADED_WHEN_USED = {
     "Measurement": "olla.measure.measurement",
     "Step": "olla.step",
     "allocate": "olla.place.allocate",
+    "frontier": "olla.api",
     "optimize": "olla.api",
     "optimize_step": "olla.api",
     "plan": "olla.api",

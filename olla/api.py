@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from olla.capture.program import Program
 from olla.capture.updates import needs_closure
 from olla.errors import CaptureError
+from olla.fit.budget import Budget, bytes_of
+from olla.fit.frontier import Frontier
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.planning import Options
 from olla.solve import require
 from olla.step import Step
 
-__all__ = ["optimize", "optimize_step", "plan", "to_graph"]
+__all__ = ["frontier", "optimize", "optimize_step", "plan", "to_graph"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -32,6 +34,7 @@ def optimize(
     optimizer: Optimizer | None = None,
     reorder: bool = True,
     place: bool = True,
+    memory_budget: Budget | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
@@ -60,6 +63,11 @@ def optimize(
     place
         Whether to run at planned addresses, in one arena (on Linux, with a C++ compiler; else the
         report says why not). False: PyTorch's allocator decides.
+    memory_budget
+        All that the step may hold at once, parameters, buffers, optimizer state and inputs included: bytes, a text
+        like ``"6GiB"``, or a share of what the step holds in eager PyTorch, ``0.5`` or ``"50%"``. Where the order alone
+        needs more, operators are run again, with the same results, at the least extra time that is found. What
+        operators allocate for themselves is known when they have run, so the first steps may exceed it a little.
     solver
         A solver of integer programs (``"gurobi"``, ``"cpsat"``, ``"highs"``, ``"auto"``: what is there), to improve
         what the planners leave open: orders not proven to be best, and fragmentation, where the graph is small enough.
@@ -80,10 +88,14 @@ def optimize(
     ------
     CaptureError
         If the step cannot be captured; nothing was changed.
+    InfeasibleError
+        If the step cannot be run within the budget; the message names the smallest one.
+    InvalidBudgetError
+        If the budget cannot be read, or is not positive.
     SolverUnavailableError
         If the solver is not installed.
     """
-    options = _options(reorder, place, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, solver, time_limit, progress)
     program = _program(model, loss_fn, targets, optimizer)
     args, kwargs = _arguments(inputs, targets)
     step = Step(
@@ -103,6 +115,7 @@ def optimize_step(
     optimizer: Optimizer | Sequence[Optimizer] = (),
     reorder: bool = True,
     place: bool = True,
+    memory_budget: Budget | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
@@ -118,7 +131,7 @@ def optimize_step(
         An example of its arguments: a tuple or list, or a dict of keyword arguments.
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
-    reorder, place, solver, time_limit, progress
+    reorder, place, memory_budget, solver, time_limit, progress
         As for :func:`optimize`.
 
     Returns
@@ -134,7 +147,7 @@ def optimize_step(
     """
     if isinstance(example_args, Tensor):
         raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
-    options = _options(reorder, place, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, solver, time_limit, progress)
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
@@ -153,6 +166,7 @@ def plan(
     optimizer: Optimizer | None = None,
     reorder: bool = True,
     place: bool = True,
+    memory_budget: Budget | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
@@ -168,10 +182,36 @@ def plan(
     CaptureError
         If the step cannot be captured.
     """
-    options = _options(reorder, place, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, solver, time_limit, progress)
     step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.plan_for(*args, **kwargs)
+
+
+def frontier(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    points: int = 12,
+    time_limit: float = 60.0,
+    progress: bool | None = None,
+) -> Frontier:
+    """What smaller and smaller memory budgets cost in time, from the best order to the smallest peak reached.
+
+    Like :func:`plan` it allocates nothing, and times of operators are estimated. Print the result, or draw it
+    with :func:`olla.show.draw.draw_frontier`. Peaks are those above what lives across steps.
+
+    Raises
+    ------
+    CaptureError
+        If the step cannot be captured.
+    """
+    step = Step(_program(model, loss_fn, targets, optimizer), options=Options(time_limit=time_limit, progress=progress))
+    args, kwargs = _arguments(inputs, targets)
+    return step.frontier_for(points, *args, **kwargs)
 
 
 def to_graph(
@@ -196,10 +236,19 @@ def to_graph(
     return step.graph_for(*args, **kwargs)
 
 
-def _options(reorder: bool, place: bool, solver: str | None, time_limit: float, progress: bool | None) -> Options:
+def _options(
+    reorder: bool,
+    place: bool,
+    memory_budget: Budget | None,
+    solver: str | None,
+    time_limit: float,
+    progress: bool | None,
+) -> Options:
+    if memory_budget is not None:
+        bytes_of(memory_budget, 1)  # so that it is known to be one before anything is captured
     if solver is not None:
         require(solver)
-    return Options(reorder, place, solver, time_limit, progress)
+    return Options(reorder, place, memory_budget, solver, time_limit, progress)
 
 
 def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

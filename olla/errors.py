@@ -6,6 +6,7 @@
     ├── CaptureError           the model, its inputs or its optimizer cannot be captured
     ├── InvalidGraphError      a dataflow graph contradicts itself
     ├── InvalidBuffersError    buffers to place contradict themselves
+    ├── InvalidBudgetError     a memory budget cannot be read, or is not positive
     ├── InvalidModelError      an integer program contradicts itself, or its solver cannot take it
     ├── InvalidPlanError       a plan does not fit its graph, or claims what is not true
     ├── InfeasibleError        what was asked for does not fit
@@ -18,6 +19,7 @@ __all__ = [
     "CaptureError",
     "ExecutionError",
     "InfeasibleError",
+    "InvalidBudgetError",
     "InvalidBuffersError",
     "InvalidGraphError",
     "InvalidModelError",
@@ -38,6 +40,10 @@ class CaptureError(OllaError):
 
 class InvalidGraphError(OllaError):
     """A dataflow graph contradicts itself: the message names the op or the storage."""
+
+
+class InvalidBudgetError(OllaError):
+    """A memory budget cannot be read, or is not positive."""
 
 
 class InvalidBuffersError(OllaError):

@@ -21,17 +21,18 @@ from olla.capture.program import Program
 from olla.errors import ExecutionError, OllaError
 from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
 from olla.run.arena import Arena, Clock, Counts, Recorder, Replay
-from olla.run.emit import Watch, emit
+from olla.run.emit import Tell, Watch, emit
 from olla.run.native import NativeUnavailableError
 from olla.run.recording import Recording
 from olla.run.runner import Runner
+from olla.run.stopwatch import Stopwatch
 from olla.show.progress import stage
 
 __all__ = ["Execution"]
 
 log = logging.getLogger(__name__)
 
-_REORDERINGS = 2  # after recordings
+_REORDERINGS = 3  # after recordings
 _PATIENCE = 3  # steps in a row with misses, before a step is recorded again
 _RECORDINGS_AGAIN = 2  # before its addresses are given up
 
@@ -56,7 +57,7 @@ class Execution:
         self._reorderings = 0
         self._recordings = 0
         self._bad_steps = 0
-        self.code = self._emit()
+        self.code = self._emit(self._clock.tell if options.place else None)
 
     @property
     def settled(self) -> bool:
@@ -117,7 +118,10 @@ class Execution:
                     seen[position, storage] = tensor.untyped_storage().data_ptr()
 
         recorder = Recorder(library, self._clock)
-        result = self.runner.run(leaves, self._emit(look), recorder)
+        stopwatch = Stopwatch(self._clock.tell, self.arena.device)
+        result = self.runner.run(leaves, self._emit(stopwatch.tell, look), recorder)
+        stopwatch.stop()
+        self.draft = replace(self.draft, seconds=stopwatch.seconds(order, len(graph.ops)))
         try:
             self._learn(Recording.of(recorder.events, seen))
         except OllaError as error:  # never the end of somebody's training
@@ -133,7 +137,7 @@ class Execution:
         if draft.plan.order != self.draft.plan.order:
             self._reorderings += 1
             self.draft = draft
-            self.code = self._emit()
+            self.code = self._emit(self._clock.tell)
             return
         draft, offsets = with_addresses(draft, recording, self._options, self.arena.alignment)
         assert draft.plan.arena_bytes is not None
@@ -167,9 +171,8 @@ class Execution:
         self.draft = replace(self.draft, plan=self.draft.plan.at(None))
         log.warning("the step runs in its planned order, but not at planned addresses: %s", reason)
 
-    def _emit(self, watch: Watch | None = None) -> fx.GraphModule:
+    def _emit(self, tell: Tell | None, watch: Watch | None = None) -> fx.GraphModule:
         draft = self.draft
-        tell = self._clock.tell if self._options.place else None
         return emit(draft.traced, draft.lowered, draft.plan.order, tell=tell, watch=watch)
 
 

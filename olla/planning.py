@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
+from olla.capture.reuse import reuse
 from olla.capture.rewrite import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
+from olla.errors import InfeasibleError
+from olla.fit.budget import Budget, bytes_of
+from olla.fit.frontier import Frontier, frontier
+from olla.fit.recompute import recompute
 from olla.graph.check import verify
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import live_intervals, memory_profile, peak_bytes
+from olla.graph.lifetimes import eager_peak_bytes, live_intervals, memory_profile, peak_bytes
 from olla.graph.plan import Addresses, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
@@ -21,9 +28,21 @@ from olla.place.place import ALIGNMENT, pack, place
 from olla.run.recording import Recording
 from olla.show.progress import stage
 
-__all__ = ["Draft", "Options", "capture", "draft", "with_addresses", "with_estimated_addresses", "with_workspaces"]
+__all__ = [
+    "Draft",
+    "Options",
+    "capture",
+    "draft",
+    "trade",
+    "with_addresses",
+    "with_estimated_addresses",
+    "with_workspaces",
+]
+
+log = logging.getLogger(__name__)
 
 _PLACING = 1 / 2  # of the time limit; nearly always, a moment is enough
+_FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
 
@@ -33,6 +52,7 @@ class Options:
 
     reorder: bool = True
     place: bool = True
+    memory_budget: Budget | None = None
     solver: str | None = None
     time_limit: float = 60.0
     progress: bool | None = None
@@ -45,6 +65,7 @@ class Draft:
     traced: Trace
     lowered: Lowered
     plan: Plan
+    seconds: tuple[float, ...]  # of each op: estimated, and later measured
     capture_seconds: float
 
 
@@ -52,7 +73,8 @@ def capture(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], opt
     """The step for these arguments as a graph, not planned."""
     with stage("capturing the step", options.progress):
         traced = trace(program, args, kwargs)
-        return traced, lower(program, traced)
+        lowered = lower(program, traced)
+        return traced, lower(program, traced, reuse(lowered))
 
 
 def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Draft:
@@ -60,11 +82,12 @@ def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], optio
     started = time.perf_counter()
     traced, lowered = capture(program, args, kwargs, options)
     capture_seconds = time.perf_counter() - started
-    found = _ordered(lowered.graph, options)
+    seconds = estimated_seconds(lowered)
+    found = _ordered(lowered.graph, seconds, options)
     lowered = _with_whole_gradients(lowered, found.order)
     plan = Plan.of(lowered.graph, found)
     verify(lowered.graph, plan)
-    return Draft(traced, lowered, plan, capture_seconds)
+    return Draft(traced, lowered, plan, seconds, capture_seconds)
 
 
 def _with_whole_gradients(lowered: Lowered, order: Sequence[int]) -> Lowered:
@@ -92,17 +115,31 @@ def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
 
 def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
     """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
-    order = drafted.plan.order
-    graph = _measured(drafted.lowered.graph, order, recording)
-    found = _ordered(graph, options)
-    peak = peak_bytes(graph, order)
-    if peak <= found.peak_bytes or not reorder:
-        found = replace(found, order=order, peak_bytes=peak, method=drafted.plan.method)
-    plan = Plan.of(graph, replace(found, seconds=found.seconds + drafted.plan.seconds))
+    plan = drafted.plan
+    graph = _measured(drafted.lowered.graph, plan.order, recording)
+    found = _closest(graph, drafted.seconds, options)
+    if not reorder or not _is_better(graph, found, plan, drafted.seconds, options):
+        found = replace(
+            found,
+            order=plan.order,
+            peak_bytes=peak_bytes(graph, plan.order),
+            method=plan.method,
+            extra_seconds=sum(drafted.seconds[op] for op in plan.recomputed),
+        )
+    plan = Plan.of(graph, replace(found, seconds=found.seconds + plan.seconds))
     if options.solver and options.place and reorder:
         plan = _placed(graph, plan, options).at(None)  # perhaps another order has a smaller arena
     verify(graph, plan)
     return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
+
+
+def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[float], options: Options) -> bool:
+    """Whether another schedule is worth recording the step again."""
+    peak = peak_bytes(graph, plan.order)
+    if options.memory_budget is None:
+        return found.peak_bytes < peak
+    extra = sum(seconds[op] for op in plan.recomputed)
+    return graph.persistent_bytes + peak > _budget(graph, options) or found.extra_seconds < _FASTER * extra
 
 
 def _measured(graph: Graph, order: Sequence[int], recording: Recording) -> Graph:
@@ -150,15 +187,51 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     return replace(drafted, plan=plan), offsets
 
 
-def _ordered(graph: Graph, options: Options) -> Schedule:
+def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
+    """What smaller and smaller budgets cost, with times that are estimated."""
+    seconds = estimated_seconds(lowered)
+    start = _ordered(lowered.graph, seconds, options)
+    with stage(f"fitting {points} budgets", options.progress):
+        return frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
+
+
+def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
     if not options.reorder:
-        return program_order(graph)
-    with stage(f"ordering {len(graph.ops):,} ops", options.progress):
-        found = schedule(graph, time_limit=options.time_limit)
-    if options.solver is None:
+        found = program_order(graph)
+    else:
+        with stage(f"ordering {len(graph.ops):,} ops", options.progress):
+            found = schedule(graph, time_limit=options.time_limit)
+        if options.solver is not None:
+            with stage(f"ordering with {options.solver}", options.progress):
+                found = improved_order(graph, found, solver=options.solver, time_limit=options.time_limit)
+    if options.memory_budget is None:
         return found
-    with stage(f"ordering with {options.solver}", options.progress):
-        return improved_order(graph, found, solver=options.solver, time_limit=options.time_limit)
+    budget, persistent = _budget(graph, options), graph.persistent_bytes
+    with stage("fitting the budget", options.progress):
+        try:
+            return recompute(graph, found, seconds, max(0, budget - persistent), time_limit=options.time_limit)
+        except InfeasibleError as error:
+            raise InfeasibleError(
+                f"the step does not fit into {budget:,} bytes, of which {persistent:,} live across steps: {error}; "
+                f"the smallest budget is {persistent + error.best_bytes:,} bytes",
+                lower_bound_bytes=persistent + error.lower_bound_bytes,
+                best_bytes=persistent + error.best_bytes,
+            ) from error
+
+
+def _budget(graph: Graph, options: Options) -> int:
+    """What the step may hold at once, with what lives across steps."""
+    assert options.memory_budget is not None
+    return bytes_of(options.memory_budget, graph.persistent_bytes + eager_peak_bytes(graph))
+
+
+def _closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
+    """What keeps to the budget, if there is one, or comes closest to it: training that has begun goes on."""
+    try:
+        return _ordered(graph, seconds, options)
+    except InfeasibleError as error:
+        log.warning("%s, and is kept instead", error)
+        return _ordered(graph, seconds, replace(options, memory_budget=error.best_bytes))
 
 
 def _placed(graph: Graph, plan: Plan, options: Options) -> Plan:

@@ -18,11 +18,12 @@ from olla.capture.restore import Snapshot, random_state
 from olla.capture.signature import Signature
 from olla.errors import ExecutionError
 from olla.execution import Execution
+from olla.fit.frontier import Frontier
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
 from olla.measure.profile import MemoryProfile, profile
-from olla.planning import Options, capture, draft, with_estimated_addresses
+from olla.planning import Options, capture, draft, trade, with_estimated_addresses
 from olla.run.arena import Arena
 from olla.show.report import Report
 from olla.torch_private import flatten
@@ -205,6 +206,11 @@ class Step:
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph:
         """The graph of the step for these arguments, not planned."""
         return capture(self._program, args, kwargs, self._options)[1].graph
+
+    def frontier_for(self, points: int, *args: Any, **kwargs: Any) -> Frontier:
+        """What smaller and smaller budgets cost for these arguments."""
+        _, lowered = capture(self._program, args, kwargs, self._options)
+        return trade(lowered, points, self._options)
 
     def report(self) -> Report:
         """What was planned and, after :meth:`measure`, what was measured; print it."""

@@ -97,6 +97,7 @@ class EagerTestCase(unittest.TestCase):
         targets: Callable[[], Tensor] | None = None,
         make_optimizer: Callable[[Any], Optimizer] = sgd,
         steps: int = STEPS,
+        memory_budget: float | str | None = None,
     ) -> olla.Step:
         """Train a copy with OLLA and a copy as users do it; ``inputs`` makes a new batch at each call."""
         model.train()
@@ -110,6 +111,7 @@ class EagerTestCase(unittest.TestCase):
             loss_fn=loss_fn,
             targets=first[1].get("targets") if targets else None,
             optimizer=planned.optimizer,
+            memory_budget=memory_budget,
         )
 
         def eager_step(*args: Any, targets: Any = None, **kwargs: Any) -> Tensor:

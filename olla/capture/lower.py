@@ -44,9 +44,12 @@ class Lowered:
     results: Mapping[fx.Node, tuple[int, ...]]  # the storage of each tensor that the call of an op returns
 
 
-def lower(program: Program, traced: Trace) -> Lowered:
-    """Lower ``traced``. Names of storages and sources of ops are for people."""
-    builder = _Builder()
+def lower(program: Program, traced: Trace, reused: Mapping[fx.Node, fx.Node] | None = None) -> Lowered:
+    """Lower ``traced``. Names of storages and sources of ops are for people.
+
+    ``reused`` holds, for calls that write over one of their inputs, which.
+    """
+    builder = _Builder(reused or {})
     names = iter([*(program.display_name(n) for n in program.state), *(f"{n}.grad" for n in traced.gradients_in)])
     for node in traced.module.graph.nodes:
         if node.op == "placeholder":
@@ -67,6 +70,7 @@ def lower(program: Program, traced: Trace) -> Lowered:
 
 @dataclass
 class _Builder:
+    reused: Mapping[fx.Node, fx.Node]
     ops: list[Op] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
@@ -97,6 +101,8 @@ class _Builder:
             writes |= {self._generator()}
             once |= {self._generator()} if _is_replayable(node) else set()
         reads = self.existing(node.all_input_nodes) - writes
+        if node in self.reused:  # its result was traced on a storage of its own
+            self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(self.reused[node].meta["val"])]
         creates = [self._add_storage(t, node.name) for t in _tensors(node) if storage_key(t) not in self.ids]
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
         self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node), once)
@@ -144,6 +150,7 @@ class _Builder:
                 workspace=workspace,
                 source=line_of_trace(node.meta.get("stack_trace") or ""),
                 writes_once=tuple(sorted(writes_once)),
+                reused=node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0,
             )
         )
         self.nodes.append(node)

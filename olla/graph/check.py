@@ -166,7 +166,7 @@ def _bytes(graph: Graph, plan: Plan) -> Iterator[Violation]:
         yield Violation(ViolationKind.WRONG_PEAK, f"{plan.peak_bytes:,} bytes claimed, {peak:,} needed")
     if plan.lower_bound_bytes > peak:
         yield Violation(ViolationKind.BOUND_ABOVE_PEAK, f"bound {plan.lower_bound_bytes:,}, peak {peak:,} bytes")
-    baseline = _peak(graph, tuple(range(len(graph.ops))))
+    baseline = _peak(graph, tuple(range(len(graph.ops))), eager=True)
     if plan.baseline_peak_bytes != baseline:
         yield Violation(ViolationKind.WRONG_BASELINE, f"{plan.baseline_peak_bytes:,} claimed, {baseline:,} needed")
     persistent = sum(storage.size for storage in graph.storages if storage.persistent)
@@ -174,7 +174,7 @@ def _bytes(graph: Graph, plan: Plan) -> Iterator[Violation]:
         yield Violation(ViolationKind.WRONG_PERSISTENT, f"{plan.persistent_bytes:,} claimed, {persistent:,} needed")
 
 
-def _peak(graph: Graph, order: tuple[int, ...], spills: tuple[Spill, ...] = ()) -> int:
+def _peak(graph: Graph, order: tuple[int, ...], spills: tuple[Spill, ...] = (), *, eager: bool = False) -> int:
     starting: list[int] = [0] * (len(order) + 1)
     ending: list[int] = [0] * (len(order) + 1)
     for life in _lives(graph, order):
@@ -187,7 +187,7 @@ def _peak(graph: Graph, order: tuple[int, ...], spills: tuple[Spill, ...] = ()) 
     peak = sum(graph.storages[s].size for s in set(graph.outputs) if not graph.storages[s].persistent)  # in the end
     for step, index in enumerate(order):
         live += starting[step] - ending[step]
-        peak = max(peak, live + graph.ops[index].workspace)
+        peak = max(peak, live + graph.ops[index].workspace + (graph.ops[index].reused if eager else 0))
     return peak
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import live_intervals
 
-__all__ = ["Allocate", "Event", "Release", "events_of", "lifetimes_of"]
+__all__ = ["Allocate", "Event", "Release", "eager_events_of", "events_of", "lifetimes_of"]
 
 
 class Allocate(NamedTuple):
@@ -26,6 +27,23 @@ class Release(NamedTuple):
 
 
 Event: TypeAlias = Allocate | Release
+
+
+def eager_events_of(graph: Graph) -> tuple[Event, ...]:
+    """What one step of eager PyTorch asks of the allocator: program order, and a result of its own for every op."""
+    storages, ops = list(graph.storages), []
+    latest = list(range(len(storages)))  # what holds the contents of each storage
+    for op in graph.ops:
+        over = [storage for storage in op.writes if op.reused and not storages[storage].persistent]
+        moved = {storage: len(storages) + position for position, storage in enumerate(over)}
+        reads = tuple(latest[storage] for storage in op.reads + tuple(over))
+        writes = tuple(latest[storage] for storage in op.writes if storage not in moved)
+        ops.append(replace(op, creates=op.creates + tuple(moved.values()), reads=reads, writes=writes, reused=0))
+        for storage, result in moved.items():
+            storages.append(storages[storage])
+            latest[storage] = result
+    eager = Graph(tuple(ops), tuple(storages), tuple(latest[storage] for storage in graph.outputs))
+    return events_of(eager, range(len(ops)))
 
 
 def events_of(graph: Graph, order: Sequence[int]) -> tuple[Event, ...]:

@@ -48,6 +48,7 @@ class Op:
     workspace: int = 0  # bytes that it holds only while it runs
     source: str = ""  # the line of the model it comes from, if known
     writes_once: tuple[int, ...] = ()  # of the writes, those to persistent storages that a repeat does without
+    reused: int = 0  # bytes that it writes over, where eager PyTorch allocates a result
 
     @property
     def touches(self) -> tuple[int, ...]:
@@ -114,7 +115,7 @@ class Graph:
     @cached_property
     def digest(self) -> str:
         """A fingerprint of all that a plan depends on, which names and sources are not."""
-        ops = [(op.creates, op.reads, op.writes, op.workspace, op.writes_once) for op in self.ops]
+        ops = [(op.creates, op.reads, op.writes, op.workspace, op.writes_once, op.reused) for op in self.ops]
         storages = [(storage.size, storage.persistent) for storage in self.storages]
         return hashlib.sha256(json.dumps([ops, storages, self.outputs]).encode()).hexdigest()
 
@@ -191,9 +192,9 @@ def _validate(graph: Graph) -> None:
             )
     for index, op in enumerate(graph.ops):
         where = f"op {index} ({op.name!r})"
-        _require_integers([*op.touches, op.workspace], where)
-        if op.workspace < 0:
-            raise InvalidGraphError(f"{where} has the negative workspace {op.workspace}")
+        _require_integers([*op.touches, op.workspace, op.reused], where)
+        if op.workspace < 0 or op.reused < 0:
+            raise InvalidGraphError(f"{where} has the negative workspace {min(op.workspace, op.reused)}")
         _require_known(op.touches, graph, where)
         if len(set(op.touches)) != len(op.touches):
             raise InvalidGraphError(f"{where} names a storage twice: creates, reads and writes must be disjoint")

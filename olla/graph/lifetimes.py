@@ -7,13 +7,14 @@ This is the reference: plain Python, written to be read. The planners use a comp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
 
-__all__ = ["LiveInterval", "Spill", "live_intervals", "memory_profile", "peak_bytes"]
+__all__ = ["LiveInterval", "Spill", "eager_peak_bytes", "live_intervals", "memory_profile", "peak_bytes"]
 
 
 class LiveInterval(NamedTuple):
@@ -85,6 +86,12 @@ def memory_profile(graph: Graph, order: Sequence[int], spills: Sequence[Spill] =
         change[end] -= graph.storages[storage].size
     live = accumulate(change[:-1])
     return tuple(size + graph.ops[index].workspace for size, index in zip(live, order, strict=True))
+
+
+def eager_peak_bytes(graph: Graph) -> int:
+    """What eager PyTorch needs: program order, and a result of its own for every op."""
+    eager = replace(graph, ops=tuple(replace(op, workspace=op.workspace + op.reused) for op in graph.ops))
+    return peak_bytes(eager, range(len(eager.ops)))
 
 
 def peak_bytes(graph: Graph, order: Sequence[int], spills: Sequence[Spill] = ()) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import Spill, peak_bytes
+from olla.graph.lifetimes import Spill, eager_peak_bytes
 
 __all__ = ["Addresses", "Placement", "Plan", "Schedule", "Spill", "Workspace", "extra_runs"]
 
@@ -86,7 +86,7 @@ class Plan:
     recomputed: tuple[int, ...]  # the ops that run again, once per extra run, sorted
     peak_bytes: int  # live bytes at the worst step, without what lives across steps
     persistent_bytes: int  # parameters, buffers, optimizer state, inputs
-    baseline_peak_bytes: int  # the same graph in program order
+    baseline_peak_bytes: int  # what eager PyTorch needs: program order, and nothing reused
     lower_bound_bytes: int  # no order can do better
     method: str
     seconds: float
@@ -107,7 +107,7 @@ class Plan:
             recomputed=extra_runs(schedule.order),
             peak_bytes=schedule.peak_bytes,
             persistent_bytes=graph.persistent_bytes,
-            baseline_peak_bytes=peak_bytes(graph, range(len(graph.ops))),
+            baseline_peak_bytes=eager_peak_bytes(graph),
             lower_bound_bytes=schedule.lower_bound_bytes,
             method=schedule.method,
             seconds=schedule.seconds,
@@ -115,6 +115,20 @@ class Plan:
             extra_seconds=schedule.extra_seconds,
             extra_seconds_lower_bound=schedule.extra_seconds_lower_bound,
         ).at(addresses)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When ops run, and what is spilled."""
+        return Schedule(
+            self.order,
+            self.peak_bytes,
+            self.lower_bound_bytes,
+            self.method,
+            self.seconds,
+            self.spills,
+            self.extra_seconds,
+            self.extra_seconds_lower_bound,
+        )
 
     def at(self, addresses: Addresses | None) -> Plan:
         """The same plan, run at ``addresses``; None: wherever the allocator decides."""

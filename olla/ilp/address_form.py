@@ -44,7 +44,7 @@ class AddressForm:
     """The model that minimizes the arena; ``known`` is its hint, and its bound is believed."""
 
     def __init__(self, buffers: Sequence[Buffer], known: Placement) -> None:
-        self._buffers, self._known = buffers, known
+        self._placed, self._known = buffers, known
         sizes = np.array([buffer.size for buffer in buffers], np.int64)
         steps = np.array([buffer.alignment for buffer in buffers], np.int64)
         unit = self._unit = gcd(*sizes.tolist(), *steps.tolist()) or 1
@@ -80,7 +80,7 @@ class AddressForm:
     def placement(self, result: Result) -> Placement:
         """What a solver's answer says."""
         assert result.values is not None, "the known placement is a solution"
-        found = result.values[self._offsets].astype(np.int64) * [buffer.alignment for buffer in self._buffers]
-        top = max((int(at) + buffer.size for at, buffer in zip(found, self._buffers, strict=True)), default=0)
+        found = result.values[self._offsets].astype(np.int64) * [buffer.alignment for buffer in self._placed]
+        top = max((int(at) + buffer.size for at, buffer in zip(found, self._placed, strict=True)), default=0)
         bound = min(top, max(self._known.lower_bound_bytes, proven_bytes(result, self._unit)))
         return Placement(tuple(found.tolist()), top, bound, f"integer program ({result.solver})", result.seconds)

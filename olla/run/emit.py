@@ -17,7 +17,7 @@ from olla.graph.plan import extra_runs
 from olla.run.random import random_state, replay
 from olla.torch_private import OpOverload
 
-__all__ = ["emit"]
+__all__ = ["Tell", "Watch", "emit"]
 
 
 Tell = Callable[[int], None]

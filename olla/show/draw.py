@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from olla.errors import OllaError
 from olla.graph.plan import Placement
 from olla.place.buffers import Buffer
 
-__all__ = ["draw_placement"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from olla.fit.frontier import Frontier
+
+__all__ = ["draw_frontier", "draw_placement"]
 
 
 def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) -> None:
@@ -20,13 +26,7 @@ def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) 
     OllaError
         If matplotlib is not there, or ``path`` does not end as a picture does.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OllaError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10, 6)
     axes = figure.subplots()
     name, unit = ("MiB", 2**20) if placement.arena_bytes >= 2**20 else ("bytes", 1)
     axes.bar(
@@ -44,6 +44,44 @@ def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) 
     axes.set_title(f"{len(buffers):,} buffers in {placement.arena_bytes:,} bytes", loc="left", fontsize=10)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_frontier(frontier: Frontier, path: str | Path) -> None:
+    """Draw what smaller and smaller peaks cost: time to the right, bytes upwards, with the proven bound.
+
+    Raises
+    ------
+    OllaError
+        If matplotlib is not there, or ``path`` does not end as a picture does.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    peaks = [found.peak_bytes / 2**20 for found in frontier.schedules]
+    total = frontier.seconds or 1.0
+    extra = [found.extra_seconds / total * 100 for found in frontier.schedules]
+    bound = [found.extra_seconds_lower_bound / total * 100 for found in frontier.schedules]
+    axes.plot(extra, peaks, marker="o", label="planned")
+    axes.plot(bound, peaks, color="black", linestyle=":", linewidth=1, label="not less, ops in this order")
+    axes.axhline(frontier.baseline_peak_bytes / 2**20, color="C1", linewidth=1, label="eager")
+    axes.set(xlabel="more time, % of a step", ylabel="peak, MiB", ylim=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OllaError("drawing needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
     try:
         figure.savefig(path, dpi=110)
     except ValueError as error:

@@ -29,6 +29,7 @@ class Report:
             f"proof       {plan.status}: at most {plan.gap:.2%} above {bound}, which no order can beat",
             f"persistent  {format_bytes(plan.persistent_bytes)} (parameters, buffers, optimizer state, inputs)",
             f"addresses   {self._addresses}",
+            *self._recomputed,
             "",
             _row("peak above it", "eager", "planned", "saved"),
             _row(
@@ -62,6 +63,14 @@ class Report:
             off = measured.peak_bytes / plan.peak_bytes - 1 if plan.peak_bytes else float("inf")
             lines.append(f"the measured peak is {off:+.1%} off the planned one (workspaces of operators)")
         return "\n".join(lines)
+
+    @property
+    def _recomputed(self) -> list[str]:
+        plan = self.plan
+        if not plan.recomputed:
+            return []
+        bound = f"at least {plan.extra_seconds_lower_bound:.4f} s within these bytes, ops in this order"
+        return [f"recomputed  {len(plan.recomputed):,} ops again, {plan.extra_seconds:.4f} s more ({bound})"]
 
     @property
     def _addresses(self) -> str:

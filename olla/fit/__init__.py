@@ -1,0 +1,1 @@
+"""Fitting a step into fewer bytes than any order needs. No torch."""

@@ -1,0 +1,67 @@
+"""The whole trade: how much time each byte budget costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from olla.errors import InfeasibleError
+from olla.fit.recompute import Recomputation
+from olla.graph.graph import Graph
+from olla.graph.lifetimes import eager_peak_bytes
+from olla.graph.plan import Schedule, extra_runs
+
+__all__ = ["Frontier", "frontier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Schedules within smaller and smaller budgets, and what they are compared with. Print it."""
+
+    schedules: tuple[Schedule, ...]  # the first one recomputes nothing, the last one has the smallest peak found
+    baseline_peak_bytes: int  # of eager PyTorch
+    seconds: float  # of all ops, run once
+
+    def __str__(self) -> str:
+        """A table of plain text."""
+        lines = [f"{'peak, bytes':>16}{'of eager':>10}{'more time':>11}{'at least':>10}{'ops again':>11}"]
+        for found in self.schedules:
+            share = found.peak_bytes / (self.baseline_peak_bytes or 1)
+            extra, least = (t / (self.seconds or 1) for t in (found.extra_seconds, found.extra_seconds_lower_bound))
+            again = len(extra_runs(found.order))
+            lines.append(f"{found.peak_bytes:>16,}{share:>10.1%}{extra:>11.1%}{least:>10.1%}{again:>11,}")
+        return "\n".join(lines)
+
+
+def frontier(
+    graph: Graph, start: Schedule, seconds: Sequence[float], *, points: int = 12, time_limit: float = 60.0
+) -> Frontier:
+    """The curve from ``start``, which recomputes nothing, to the smallest peak that recomputation reaches.
+
+    Parameters
+    ----------
+    graph, start, seconds
+        As for :func:`olla.fit.recompute.recompute`.
+    points
+        How many budgets are looked at.
+    time_limit
+        Seconds for all of them.
+    """
+    work = Recomputation(graph, start, seconds)
+    limit = time_limit / points
+    try:
+        least = work.within(0, time_limit=limit).peak_bytes
+    except InfeasibleError as error:
+        least = error.best_bytes
+    budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
+    found = [work.within(budget, time_limit=limit) for budget in sorted({*budgets, start.peak_bytes}, reverse=True)]
+    return Frontier(tuple(_falling(found)), eager_peak_bytes(graph), sum(seconds))
+
+
+def _falling(found: Sequence[Schedule]) -> Iterator[Schedule]:
+    """Those with a smaller peak than all before."""
+    least = None
+    for one in found:
+        if least is None or one.peak_bytes < least:
+            least = one.peak_bytes
+            yield one

@@ -1,0 +1,151 @@
+"""A graph as flat arrays, and what a sequence of its ops needs: the compiled twin of checker and memory profile.
+
+In a sequence ops may run again. It leaves out the *late* ops, which only change persistent state, as updates of
+parameters do: each follows the last op that touches anything it touches, so that a parameter is changed when nobody,
+recomputed or not, will read it any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from olla.graph.graph import Graph
+from olla.order.problem import Adjacency, Integers
+
+__all__ = ["CREATES", "WRITES", "Program", "as_sequence", "completed", "program_of", "simulated"]
+
+CREATES, READS, WRITES, WRITES_ONCE = range(4)
+
+
+class Program(NamedTuple):
+    """What compiled code knows of a graph; lists are end to end, that of op ``i`` from ``start[i]`` on."""
+
+    start: Integers  # of the next three
+    storage: Integers  # that an op touches
+    kind: Integers  # how
+    version: Integers  # of the contents that it expects
+    sizes: Integers  # bytes; 0 for persistent storages
+    workspace: Integers
+    outputs: Integers
+    final: Integers  # version of each storage when all is over
+    maker_start: Integers  # of the next
+    maker: Integers  # ops that create and then write each storage that is not persistent, in program order
+    late: Integers  # ops that are not in sequences, in program order
+
+
+def program_of(graph: Graph) -> Program:
+    """Flatten ``graph``."""
+    version = [0] * len(graph.storages)
+    rows: list[list[tuple[int, int, int]]] = []
+    makers: list[list[int]] = [[] for _ in graph.storages]
+    for index, op in enumerate(graph.ops):
+        rows.append([(s, READS, version[s]) for s in op.reads])
+        rows[-1] += [(s, WRITES_ONCE if s in op.writes_once else WRITES, version[s]) for s in op.writes]
+        rows[-1] += [(s, CREATES, 0) for s in op.creates]
+        for storage in op.creates + op.writes:
+            version[storage] += 1
+            if not graph.storages[storage].persistent:
+                makers[storage].append(index)
+    touches = np.array([touch for row in rows for touch in row], np.int64).reshape(-1, 3)
+    packed = Adjacency.of(makers)
+    return Program(
+        start=np.cumsum([0, *map(len, rows)]),
+        storage=touches[:, 0].copy(),
+        kind=touches[:, 1].copy(),
+        version=touches[:, 2].copy(),
+        sizes=np.array([0 if storage.persistent else storage.size for storage in graph.storages], np.int64),
+        workspace=np.array([op.workspace for op in graph.ops], np.int64),
+        outputs=np.array(sorted(set(graph.outputs)), np.int64),
+        final=np.array(version, np.int64),
+        maker_start=packed.start,
+        maker=packed.items,
+        late=np.array(_late_ops(graph), np.int64),
+    )
+
+
+def _late_ops(graph: Graph) -> list[int]:
+    """Ops that make nothing, of which nobody but others of these reads what they change."""
+    late: set[int] = set()
+    for index in range(len(graph.ops) - 1, -1, -1):
+        op = graph.ops[index]
+        changed = [graph.storages[storage].persistent for storage in op.writes]
+        if not op.creates and any(changed) and late.issuperset(graph.successors[index]):
+            late.add(index)
+    return sorted(late)
+
+
+@njit(cache=True)
+def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]:
+    """The sequence with its late ops, and the position in the sequence that each belongs to."""
+    last = np.full(len(program.sizes), -1, np.int64)
+    for position in range(len(sequence)):
+        for k in range(program.start[sequence[position]], program.start[sequence[position] + 1]):
+            last[program.storage[k]] = position
+    after = np.zeros(len(program.late), np.int64)
+    for i in range(len(program.late)):
+        op = program.late[i]
+        for k in range(program.start[op], program.start[op + 1]):
+            after[i] = max(after[i], last[program.storage[k]])
+        for k in range(program.start[op], program.start[op + 1]):
+            last[program.storage[k]] = after[i]  # others that touch the same come later
+    turn = np.argsort(after, kind="mergesort")
+    whole = np.empty(len(sequence) + len(after), np.int64)
+    owner = np.empty(len(whole), np.int64)
+    at, j = 0, 0
+    for position in range(len(sequence)):
+        whole[at], owner[at] = sequence[position], position
+        at += 1
+        while j < len(turn) and after[turn[j]] == position:
+            whole[at], owner[at] = program.late[turn[j]], position
+            at, j = at + 1, j + 1
+    return whole, owner
+
+
+@njit(cache=True)
+def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
+    """Whether every op finds the contents that it expects, and the live bytes at each step."""
+    count = len(program.sizes)
+    version = np.zeros(count, np.int64)
+    begin, last = np.full(count, -1, np.int64), np.zeros(count, np.int64)
+    seen = np.zeros(len(program.workspace), np.bool_)
+    change = np.zeros(len(whole) + 1, np.int64)
+    for step in range(len(whole)):
+        op = whole[step]
+        for k in range(program.start[op], program.start[op + 1]):
+            storage, kind = program.storage[k], program.kind[k]
+            if kind == CREATES:
+                if begin[storage] >= 0:
+                    change[begin[storage]] += program.sizes[storage]
+                    change[last[storage] + 1] -= program.sizes[storage]
+                begin[storage] = step
+                version[storage] = 1
+            elif kind != WRITES_ONCE or not seen[op]:
+                if version[storage] != program.version[k]:
+                    return False, change
+                if kind != READS:
+                    version[storage] += 1
+            last[storage] = step
+        seen[op] = True
+    for storage in program.outputs:
+        last[storage] = len(whole) - 1
+        if version[storage] != program.final[storage]:
+            return False, change
+    for storage in range(count):
+        if begin[storage] >= 0:
+            change[begin[storage]] += program.sizes[storage]
+            change[last[storage] + 1] -= program.sizes[storage]
+    live = 0
+    for step in range(len(whole)):
+        live += change[step]
+        change[step] = live + program.workspace[whole[step]]
+    return True, change[: len(whole)]
+
+
+def as_sequence(program: Program, order: Sequence[int]) -> Integers:
+    """An order without its late ops."""
+    ops = np.array(order, np.int64)
+    return ops[~np.isin(ops, program.late)]

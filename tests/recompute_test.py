@@ -1,0 +1,120 @@
+"""Recomputation within a byte budget: sound, within it, and seldom dearer than the exact optimum on small graphs."""
+
+from __future__ import annotations
+
+import random
+import unittest
+from itertools import pairwise
+
+from fit_form_test import chain, least_bytes
+from graphs import diamond
+from ilp_test import random_graph
+
+import olla
+from olla import Graph, InfeasibleError, Op, Plan, Storage
+from olla.fit.frontier import frontier
+from olla.fit.recompute import Recomputation, recompute
+from olla.graph.check import verify
+from olla.ilp import fit
+from olla.solve import available
+
+
+def training(layers: int, *, in_place: bool = False, drops: bool = False) -> Graph:
+    """Forward, backward and updates of a chain of layers, some of which write in place or draw random numbers."""
+    storages = [Storage("random generator", 0, persistent=True), Storage("x0", 0, persistent=True)]
+    storages += [Storage(f"weight {i}", 3, persistent=True) for i in range(layers)]
+    ops: list[Op] = []
+    acts = [1]
+    for i in range(layers):
+        made = len(storages)
+        storages.append(Storage(f"x{i + 1}", 8))
+        random_op = {"writes": (0,), "writes_once": (0,)} if drops and i % 2 else {}
+        ops.append(Op(f"layer {i}", creates=(made,), reads=(acts[-1], 2 + i), workspace=2, **random_op))
+        if in_place and i % 3 == 0:
+            ops.append(Op(f"activation {i}", writes=(made,)))
+        acts.append(made)
+    gradient = len(storages)
+    storages.append(Storage("gradient of the loss", 8))
+    ops.append(Op("loss", creates=(gradient,), reads=(acts[-1],)))
+    for i in reversed(range(layers)):
+        back, of_weight = len(storages), len(storages) + 1
+        storages += [Storage(f"gradient {i}", 8), Storage(f"gradient of weight {i}", 3)]
+        ops.append(Op(f"backward {i}", creates=(back, of_weight), reads=(gradient, acts[i], acts[i + 1], 2 + i)))
+        ops.append(Op(f"update {i}", reads=(of_weight,), writes=(2 + i,)))
+        gradient = back
+    return Graph(tuple(ops), tuple(storages))
+
+
+class RecomputeTest(unittest.TestCase):
+    def test_training_of_a_chain_fits_into_every_budget_down_to_the_smallest(self) -> None:
+        for options in ({}, {"in_place": True}, {"drops": True}, {"in_place": True, "drops": True}):
+            graph = training(12, **options)
+            start, seconds = olla.schedule(graph), [1.0] * len(graph.ops)
+            work = Recomputation(graph, start, seconds)
+            with self.assertRaises(InfeasibleError) as caught:
+                work.within(0)
+            least = caught.exception.best_bytes
+            self.assertLess(least, start.peak_bytes // 2)
+            for budget in (least, (least + start.peak_bytes) // 2, start.peak_bytes - 1):
+                found = work.within(budget)
+                self.assertLessEqual(found.peak_bytes, budget)
+                self.assertEqual(found.extra_seconds, float(len(found.order) - len(graph.ops)))
+                verify(graph, Plan.of(graph, found))
+            with self.assertRaisesRegex(InfeasibleError, "bytes, not 1"):
+                work.within(1)
+
+    def test_a_curve_falls(self) -> None:
+        graph = training(16, in_place=True)
+        found = frontier(graph, olla.schedule(graph), [1.0] * len(graph.ops), points=8)
+        self.assertGreater(len(found.schedules), 4)
+        for one, other in pairwise(found.schedules):
+            self.assertLess(other.peak_bytes, one.peak_bytes)
+            self.assertGreaterEqual(other.extra_seconds, one.extra_seconds)
+            verify(graph, Plan.of(graph, other))
+
+    def test_what_fits_is_left_alone(self) -> None:
+        start = olla.schedule(diamond())
+        self.assertIs(recompute(diamond(), start, [1.0] * 6, start.peak_bytes), start)
+
+    def test_a_chain_is_recomputed_as_the_integer_program_does(self) -> None:
+        found = recompute(chain(), olla.schedule(chain()), [1.0] * 8, 16)
+        self.assertEqual((found.peak_bytes, found.extra_seconds), (16, 1.0))
+
+    def test_the_same_graph_gives_the_same_sequence(self) -> None:
+        graph = training(20)
+        start = olla.schedule(graph)
+        budget = start.peak_bytes * 2 // 3
+        first, second = (recompute(graph, start, [1.0] * len(graph.ops), budget) for _ in range(2))
+        self.assertEqual(first.order, second.order)
+
+    @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
+    def test_small_graphs_cost_seldom_more_than_the_optimum(self) -> None:
+        draw = random.Random(1)
+        seen = optimal = 0
+        while seen < 40:
+            graph = random_graph(draw, draw.randint(4, 7))
+            start = olla.schedule(graph)
+            if least_bytes(graph) >= start.peak_bytes:
+                continue
+            seconds = [float(draw.randint(1, 9)) for _ in graph.ops]
+            budget = draw.randint(least_bytes(graph), start.peak_bytes - 1)
+            try:
+                best = fit(graph, budget, seconds, repeats=4, solver="cpsat")
+            except InfeasibleError:
+                with self.assertRaises(InfeasibleError):
+                    recompute(graph, start, seconds, budget)
+                continue
+            if best.extra_seconds == 0:
+                continue
+            seen += 1
+            try:
+                found = recompute(graph, start, seconds, budget)
+            except InfeasibleError:
+                continue
+            verify(graph, Plan.of(graph, found))
+            self.assertGreaterEqual(found.extra_seconds, best.extra_seconds - 1e-6)
+            optimal += found.extra_seconds < best.extra_seconds + 1e-6
+        self.assertGreaterEqual(optimal, RATE)
+
+
+RATE = 20  # of 40
