@@ -5,6 +5,7 @@
     python benchmarks.py                              all models x batch 1 and 32 x train and eval
     python benchmarks.py --simulate                   the same, planned only: nothing is allocated
     python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
+    python benchmarks.py --rematerialization          smaller and smaller byte budgets, kept by recomputing
     python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
 
 Every row plans one step of a model; where the step fits into memory, the planned and the eager step
@@ -15,6 +16,8 @@ Inductor chooses among (least peak memory first, breadth first, depth first). "R
 CUDA caching allocator would take from the driver for two such steps, by the model of it in
 olla/measure/caching_allocator.py. With --gpu-profile, both steps run op by op; on a GPU, "reserved" is
 measured, without one, what was recorded is replayed through that model.
+With --rematerialization, each step is planned and run within budgets that save 10, 25, 50 and 75 % of what eager
+PyTorch needs above what lives across steps, and within the smallest budget that is found.
 With --ilp, each form of the integer program is stated for each graph and given to each solver, starting from what the
 planners found: the order, the addresses for it, both jointly, and, within a byte limit halfway between the planned peak
 and what some op needs for itself, what to recompute and what to spill (at most 3 repeats; times of ops are estimated).
@@ -178,6 +181,7 @@ MODELS: dict[str, Callable[[int], Workload]] = {
     "xlmr": _language("XLMRobertaForMaskedLM", "XLMRobertaConfig", vocab_size=250002, max_position_embeddings=514),
 }
 ILP = ("alexnet", "vgg16", "squeezenet1_0", "resnet18")
+_SAVINGS = {0.1: "10 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "all"}
 FORMS = ("order", "address", "joint", "recompute", "spill")
 QUICK = ("resnet18", "googlenet", "vit_b_16", "gpt2", "transformer_dflt")
 
@@ -219,6 +223,9 @@ class Row:
     time_ratio: float | None = None
     allocation_seconds: float | None = None  # for all allocations and releases of a step, by PyTorch's allocator
     arena_allocation_seconds: float | None = None
+    wanted_saving: float | None = None  # 1: as much as possible
+    recomputed: int | None = None  # ops that run again
+    extra_seconds: float | None = None  # as planned
     form: str | None = None  # of the integer program
     solver: str | None = None
     variables: int | None = None
@@ -232,7 +239,7 @@ class Row:
 
 def run_case(row: Row, options: argparse.Namespace) -> Row:
     """Plan one case and, where it fits, run and measure it. Errors become part of the row."""
-    case = _solve if row.form else _simulate if options.simulate else _profile if options.gpu_profile else _fill
+    case = _profile if options.gpu_profile else _simulate if options.simulate else _solve if row.form else _fill
     try:
         case(row, options)
     except Exception as error:  # one failing model must not end the run
@@ -294,6 +301,8 @@ def _simulate(row: Row, options: argparse.Namespace) -> None:
 def _fill(row: Row, options: argparse.Namespace) -> None:
     workload, training = _workload(row)
     reorder = not options.skip_node_ordering
+    if row.wanted_saving is not None:
+        training["memory_budget"] = _budget(row.wanted_saving, workload, training)
     step = olla.optimize(workload.model, workload.inputs, **training, reorder=reorder, progress=False)
     plan = step.plan
     _note(row, plan)
@@ -310,7 +319,22 @@ def _fill(row: Row, options: argparse.Namespace) -> None:
     row.eager_step_seconds, row.planned_step_seconds = measured.baseline_step_seconds, measured.step_seconds
     row.exact, row.arena_bytes, row.fragmentation = measured.exact, step.plan.arena_bytes, step.plan.fragmentation
     row.missed = measured.arena.missed if measured.arena else None
+    if row.wanted_saving is not None:
+        row.recomputed, row.extra_seconds = len(step.plan.recomputed), step.plan.extra_seconds
     row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
+
+
+def _budget(saving: float, workload: Workload, training: dict[str, Any]) -> int:
+    """The bytes that are left when this share of the eager peak is saved."""
+    plan = olla.plan(workload.model, workload.inputs, **training, place=False, progress=False)
+    budget = plan.persistent_bytes + int(plan.baseline_peak_bytes * (1 - saving))
+    if saving < 1:
+        return budget
+    try:
+        olla.plan(workload.model, workload.inputs, **training, memory_budget=budget + 1, place=False, progress=False)
+    except olla.InfeasibleError as error:
+        return error.best_bytes
+    return budget + 1
 
 
 def _solve(row: Row, options: argparse.Namespace) -> None:
@@ -442,6 +466,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
     "batch": lambda row: str(row.batch_size),
     "mode": lambda row: row.mode,
+    "wanted": lambda row: "-" if row.wanted_saving is None else _SAVINGS[row.wanted_saving],
     "form": lambda row: row.form or "-",
     "solver": lambda row: row.solver or "-",
     "ops": lambda row: _number(row.ops),
@@ -470,6 +495,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "saved": lambda row: "-" if row.measured_saving is None else f"{row.measured_saving:.1%}",
     "exact": lambda row: "-" if row.exact is None else "yes" if row.exact else "no",
     "missed": lambda row: _number(row.missed),
+    "ops again": lambda row: _number(row.recomputed),
     "time": lambda row: "-" if row.time_ratio is None else f"{row.time_ratio:.2f} x",
     "allocations": lambda row: _milliseconds(row.allocation_seconds),
     "in the arena": lambda row: _milliseconds(row.arena_allocation_seconds),
@@ -620,6 +646,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--ilp", action="store_true", help=f"solve the paper's integer program; {', '.join(ILP)}, unless said otherwise"
     )
+    parser.add_argument(
+        "--rematerialization",
+        action="store_true",
+        help="save 10, 25, 50, 75 %% of the peak, and all that can be",
+    )
     parser.add_argument("--form", choices=FORMS, action="append", help="with --ilp: may be repeated; default all")
     parser.add_argument("--solver", choices=("cpsat", "gurobi", "highs"), action="append", help="as --form")
     parser.add_argument(
@@ -632,13 +663,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     names = options.model or list(QUICK if options.quick else ILP if options.ilp else MODELS)
     batches = options.batch_size or ([1] if options.quick else [1, 32])
-    modes = options.mode or (["train"] if options.quick or options.ilp else ["train", "eval"])
+    modes = options.mode or (
+        ["train"] if options.quick or options.ilp or options.rematerialization else ["train", "eval"]
+    )
     if min(batches) < 1:
         parser.error("--batch-size must be positive")
     measuring = options.execute or options.skip_simulation or options.skip_node_ordering or options.tuned_malloc
-    others = [options.simulate, options.gpu_profile, options.ilp]
+    others = [options.simulate, options.gpu_profile, options.ilp, options.rematerialization]
     if sum(others) + bool(measuring) > 1 and any(others):
-        parser.error("--simulate, --gpu-profile and --ilp go with no other option that says what to do")
+        parser.error("--simulate, --gpu-profile, --rematerialization and --ilp exclude each other, and how to measure")
     if (options.generate_addresses and not options.simulate) or (
         options.profile_alloc_time and not options.gpu_profile
     ):
@@ -653,6 +686,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ilp:
         tasks = list(product(options.form or FORMS, options.solver or available()))
         cases = [replace(case, form=form, solver=solver) for case in cases for form, solver in tasks]
+    if options.rematerialization:
+        cases = [replace(case, wanted_saving=saving) for case in cases for saving in _SAVINGS]
     rows = []
     for row in show(cases, options):
         rows.append(row)

@@ -125,6 +125,17 @@ class BenchmarksTest(unittest.TestCase):
         self.assertGreater(spill.objective, 0)
         self.assertIn("not measured here", text)
 
+    def test_budgets_are_run_and_measured(self) -> None:
+        status, log, _ = self.run_with("--rematerialization", "-m", "deep", "-b", "999")
+        self.assertEqual(status, 0)
+        self.assertEqual(list(log.wanted_saving), [0.1, 0.25, 0.5, 0.75, 1.0])
+        run = log[log.measured_planned_bytes.notna()]
+        self.assertGreater(len(run), 2)
+        self.assertTrue(run.exact.all())
+        saved = run[run.wanted_saving < 1]
+        self.assertTrue((saved.measured_planned_bytes <= saved.measured_eager_bytes * (1 - saved.wanted_saving)).all())
+        self.assertGreater(run.recomputed.max(), 0)
+
     def test_malloc_can_be_tuned(self) -> None:
         script = "import benchmarks; benchmarks._tune_malloc()"  # for good, so in a process of its own
         subprocess.run([sys.executable, "-c", script], cwd=Path(benchmarks.__file__).parent, check=True)
