@@ -49,7 +49,7 @@ from olla.graph.check import verify
 from olla.graph.events import Allocate, Event, eager_events_of, events_of, lifetimes_of
 from olla.graph.lifetimes import peak_bytes
 from olla.ilp import AddressForm, FitForm, JointForm, OrderForm
-from olla.ilp.fit_form import least_bytes
+from olla.ilp.fit_form import least_bytes, warm_start
 from olla.measure import caching_allocator
 from olla.measure.profile import MemoryProfile
 from olla.order.baselines import INDUCTOR
@@ -375,14 +375,11 @@ def _form(name: str, graph: olla.Graph, known: olla.Schedule, lives: list[Interv
     if name == "joint":
         return JointForm(graph, olla.Plan.of(graph, known, addresses(graph, known.order, placement)))
     sizes = [sum(graph.storages[storage].size for storage in op.touches) for op in graph.ops]
-    return FitForm(
-        graph,
-        (least_bytes(graph)[0] + known.peak_bytes) // 2,
-        [_SECONDS_PER_OP + size / _BYTES_PER_SECOND for size in sizes],
-        start=known,
-        repeats=3 if name == "recompute" else 0,
-        bytes_per_second=_BYTES_PER_SECOND if name == "spill" else None,
-    )
+    seconds = [_SECONDS_PER_OP + size / _BYTES_PER_SECOND for size in sizes]
+    budget = (least_bytes(graph)[0] + known.peak_bytes) // 2
+    repeats, bandwidth = (3, None) if name == "recompute" else (0, _BYTES_PER_SECOND)
+    start = warm_start(graph, known, budget, seconds, repeats, bandwidth, time_limit=_PLACING_SECONDS)
+    return FitForm(graph, budget, seconds, start=start, repeats=repeats, bytes_per_second=bandwidth)
 
 
 def _profile(row: Row, options: argparse.Namespace) -> None:

@@ -159,10 +159,15 @@ class FitTest(unittest.TestCase):
         self.assertEqual((found.extra_seconds, found.spills, len(found.order)), (0.0, (), 8))
 
     def test_without_time_spilling_by_a_rule_is_the_answer(self) -> None:
-        found = fit(chain(), 12, [1.0] * 8, bytes_per_second=8.0, time_limit=0)
+        found = fit(chain(), 12, [1.0] * 8, repeats=0, bytes_per_second=8.0, time_limit=0)
         self.assertGreater(len(found.spills), 0)
         self.assertLessEqual(found.peak_bytes, 12)
         self.assertEqual(found.extra_seconds, sum(2 * 4 / 8.0 for _ in found.spills))
+        verify(chain(), Plan.of(chain(), found))
+
+    def test_without_time_recomputing_as_the_planner_does_is_the_answer(self) -> None:
+        found = fit(chain(), 16, [1.0] * 8, time_limit=0)
+        self.assertEqual((found.peak_bytes, found.extra_seconds), (16, 1.0))
         verify(chain(), Plan.of(chain(), found))
 
     def test_what_cannot_fit_is_named(self) -> None:

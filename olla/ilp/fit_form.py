@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import gcd, inf
 
@@ -11,16 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from olla.errors import InfeasibleError, InvalidGraphError
+from olla.fit.recompute import recompute
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import Spill, peak_bytes
-from olla.graph.plan import Schedule
+from olla.graph.plan import Schedule, extra_runs
 from olla.ilp.families import SEQUENCE, resident_set
 from olla.ilp.program import proven_bytes
 from olla.ilp.sequences import SequenceProgram
 from olla.order.schedule import schedule
 from olla.solve import Model, Result, Status, solve
 
-__all__ = ["FitForm", "fit", "least_bytes"]
+__all__ = ["FitForm", "fit", "least_bytes", "warm_start"]
 
 _NANOSECONDS = 10**9
 _WARM_START = 0.25  # of the time limit, for an order to begin with
@@ -75,13 +77,16 @@ def fit(
     if known.peak_bytes <= budget_bytes:
         _Costs.of(graph, seconds, bytes_per_second)  # they are looked at, used or not
         return known
-    form = FitForm(graph, budget_bytes, seconds, repeats=repeats, bytes_per_second=bytes_per_second, start=known)
+    repeats = len(graph.ops) if repeats is None else repeats
+    limit = _WARM_START * time_limit
+    start = warm_start(graph, known, budget_bytes, seconds, repeats, bytes_per_second, time_limit=limit)
+    form = FitForm(graph, budget_bytes, seconds, repeats=repeats, bytes_per_second=bytes_per_second, start=start)
     result = solve(form.model, solver, time_limit=max(0.0, time_limit - (time.perf_counter() - started)))
     return replace(form.schedule(result), seconds=time.perf_counter() - started)
 
 
 class FitForm:
-    """The model that minimizes the time, within the budget; ``start``, with spills, is its hint where that fits."""
+    """The model that minimizes the time, within the budget; ``start`` is its hint, if it fits."""
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class FitForm:
         seconds: Sequence[float],
         *,
         start: Schedule,
-        repeats: int | None = None,
+        repeats: int,
         bytes_per_second: float | None = None,
     ) -> None:
         self._graph, self._start, self._budget = graph, start, budget_bytes
@@ -102,17 +107,18 @@ class FitForm:
                 lower_bound_bytes=self._least,
                 best_bytes=start.peak_bytes,
             )
-        self._repeats = len(graph.ops) if repeats is None else repeats
-        program = self._program = SequenceProgram(graph, repeats=self._repeats, spilling=bytes_per_second is not None)
+        self._repeats = repeats
+        program = self._program = SequenceProgram(graph, repeats=repeats, spilling=bytes_per_second is not None)
         for family in SEQUENCE:
             family(program)
         units = budget_bytes // program.unit
         budget = program.model.integers("budget", 1, units, units)
         resident_set(program, int(budget[0]), np.arange(len(program.sizes)))
         self._unit = _minimize_time(program, self._costs)
-        if program.spilling and (spills := _spilled(graph, start.order, budget_bytes)) is not None:
-            sequence = [*[-1] * self._repeats, *start.order, len(graph.ops)]
-            columns, values = program.values_of(sequence, [program.shifted(spill, self._repeats) for spill in spills])
+        idle = repeats - len(extra_runs(start.order))
+        if start.peak_bytes <= budget_bytes and idle >= 0:
+            sequence = [*[-1] * idle, *start.order, len(graph.ops)]
+            columns, values = program.values_of(sequence, [program.shifted(spill, idle) for spill in start.spills])
             program.model.hint(np.append(columns, budget), np.append(values, units))
 
     @property
@@ -169,6 +175,29 @@ class _Costs:
     def added(self, graph: Graph, order: Sequence[int], spills: Sequence[Spill]) -> int:
         moved = sum(self.of_spill(graph.storages[spill.storage].size) for spill in spills)
         return sum(self.of_ops[op] for op in order) - sum(self.of_ops) + moved
+
+
+def warm_start(
+    graph: Graph,
+    known: Schedule,
+    budget_bytes: int,
+    seconds: Sequence[float],
+    repeats: int,
+    bytes_per_second: float | None,
+    *,
+    time_limit: float,
+) -> Schedule:
+    """The better one of what the planner recomputes and what Belady's rule spills; ``known``, if neither fits."""
+    costs = _Costs.of(graph, seconds, bytes_per_second)
+    found = []
+    if repeats:
+        with suppress(InfeasibleError):
+            found.append(recompute(graph, known, seconds, budget_bytes, time_limit=time_limit))
+    if bytes_per_second is not None and (spills := _spilled(graph, known.order, budget_bytes)) is not None:
+        peak = peak_bytes(graph, known.order, spills)
+        found.append(replace(known, peak_bytes=peak, spills=tuple(spills)))
+    fitting = [one for one in found if len(extra_runs(one.order)) <= repeats]
+    return min(fitting, key=lambda one: costs.added(graph, one.order, one.spills), default=known)
 
 
 def _minimize_time(program: SequenceProgram, costs: _Costs) -> int:
