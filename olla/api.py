@@ -67,7 +67,8 @@ def optimize(
         All that the step may hold at once, parameters, buffers, optimizer state and inputs included: bytes, a text
         like ``"6GiB"``, or a share of what the step holds in eager PyTorch, ``0.5`` or ``"50%"``. Where the order alone
         needs more, operators are run again, with the same results, at the least extra time that is found. What
-        operators allocate for themselves is known when they have run, so the first steps may exceed it a little.
+        operators allocate for themselves is known when they have run, so the first steps may exceed it a little
+        (and all of them with ``place=False``).
     solver
         A solver of integer programs (``"gurobi"``, ``"cpsat"``, ``"highs"``, ``"auto"``: what is there), to improve
         what the planners leave open: orders not proven to be best, and fragmentation, where the graph is small enough.

@@ -119,12 +119,17 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
     graph = _measured(drafted.lowered.graph, plan.order, recording)
     found = _closest(graph, drafted.seconds, options)
     if not reorder or not _is_better(graph, found, plan, drafted.seconds, options):
+        peak, extra = peak_bytes(graph, plan.order), sum(drafted.seconds[op] for op in plan.recomputed)
+        if options.memory_budget is not None and graph.persistent_bytes + peak > _budget(graph, options):
+            log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
         found = replace(
             found,
             order=plan.order,
-            peak_bytes=peak_bytes(graph, plan.order),
+            peak_bytes=peak,
+            lower_bound_bytes=min(peak, found.lower_bound_bytes),
             method=plan.method,
-            extra_seconds=sum(drafted.seconds[op] for op in plan.recomputed),
+            extra_seconds=extra,
+            extra_seconds_lower_bound=min(extra, found.extra_seconds_lower_bound),
         )
     plan = Plan.of(graph, replace(found, seconds=found.seconds + plan.seconds))
     if options.solver and options.place and reorder:
