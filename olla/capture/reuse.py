@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.lower import Lowered, tensors_of
 from olla.graph.graph import Graph
 from olla.torch_private import OpOverload, storage_key
 
-__all__ = ["CONTIGUOUS_ONLY", "IN_PLACE", "OVERWRITING", "reuse"]
+__all__ = ["IN_PLACE", "OVERWRITING", "fits", "reuse"]
 
 aten = ops.aten
 
@@ -49,7 +50,7 @@ OVERWRITING: Mapping[OpOverload, tuple[OpOverload, str]] = {
 }
 
 # Kernels that work on rows, and copy what is not contiguous: then writing over an input goes wrong.
-CONTIGUOUS_ONLY = frozenset(target for target in OVERWRITING if "softmax" in target.name())
+_CONTIGUOUS_ONLY = frozenset(target for target in OVERWRITING if "softmax" in target.name())
 
 # The variant that writes over its first argument: for these, the one above would allocate all the same.
 IN_PLACE: Mapping[OpOverload, OpOverload] = {
@@ -62,6 +63,16 @@ IN_PLACE: Mapping[OpOverload, OpOverload] = {
     aten.hardtanh.default: aten.hardtanh_.default,
     aten.hardswish.default: aten.hardswish_.default,
 }
+
+# In half precision, its two variants give different bits.
+_FULL_PRECISION_ONLY = frozenset({aten.mul.Scalar})
+
+
+def fits(target: OpOverload, over: Tensor) -> bool:
+    """Whether ``target`` computes the same bits if it writes over ``over``."""
+    if target in _CONTIGUOUS_ONLY and not over.is_contiguous():
+        return False
+    return target not in _FULL_PRECISION_ONLY or over.dtype not in (torch.bfloat16, torch.float16)
 
 
 def reuse(lowered: Lowered) -> dict[fx.Node, fx.Node]:
@@ -89,7 +100,7 @@ def reuse(lowered: Lowered) -> dict[fx.Node, fx.Node]:
             if storage < 0 or graph.storages[storage].persistent or storage in graph.outputs:
                 continue
             is_last = all(other == index or before[index] >> other & 1 for other in touchers[storage])
-            if is_last and _fits(node, argument, contiguous=target in CONTIGUOUS_ONLY):
+            if is_last and fits(target, argument.meta["val"]) and _is_whole(node, argument):
                 if target in IN_PLACE:
                     node.target = IN_PLACE[target]
                 else:
@@ -107,11 +118,9 @@ def _candidates(node: fx.Node, target: OpOverload) -> list[fx.Node]:
     return node.all_input_nodes if target in OVERWRITING else []
 
 
-def _fits(node: fx.Node, argument: fx.Node, *, contiguous: bool) -> bool:
+def _is_whole(node: fx.Node, argument: fx.Node) -> bool:
     """Whether the argument is its whole storage, laid out as the result, and any other on that storage is the same."""
     result, over = node.meta["val"], argument.meta["val"]
-    if contiguous and not over.is_contiguous():
-        return False
     if not isinstance(result, Tensor) or over.untyped_storage().nbytes() != result.untyped_storage().nbytes():
         return False
     layout = (result.shape, result.stride(), result.dtype, result.device, result.storage_offset())
