@@ -47,9 +47,9 @@ from torch.nn import functional as F
 import olla
 from olla.graph.check import verify
 from olla.graph.events import Allocate, Event, eager_events_of, events_of, lifetimes_of
-from olla.graph.lifetimes import peak_bytes
+from olla.graph.lifetimes import least_bytes, peak_bytes
 from olla.ilp import AddressForm, FitForm, JointForm, OrderForm
-from olla.ilp.fit_form import least_bytes, warm_start
+from olla.ilp.fit_form import warm_start
 from olla.measure import caching_allocator
 from olla.measure.profile import MemoryProfile
 from olla.order.baselines import INDUCTOR

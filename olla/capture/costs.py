@@ -13,7 +13,7 @@ from olla.torch_private import OpOverload
 
 __all__ = ["estimated_seconds"]
 
-# Of two cores of a server. On a GPU all are some hundred times higher but the first, and the ranks are much the same.
+# Round numbers for two cores of a server; only their ratios matter.
 _SECONDS_PER_CALL = 5e-6
 _FLOPS_PER_SECOND = 1e11
 _BYTES_PER_SECOND = 1e10

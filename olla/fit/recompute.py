@@ -23,7 +23,7 @@ from numba import njit
 from olla.errors import InfeasibleError
 from olla.fit.program import CREATES, WRITES, Program, as_sequence, completed, program_of, simulated
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import peak_bytes
+from olla.graph.lifetimes import least_bytes, peak_bytes
 from olla.graph.plan import Schedule
 from olla.order.problem import Integers
 
@@ -76,6 +76,7 @@ class Recomputation:
         self._program = program_of(graph)
         self._seconds = np.maximum(np.array(seconds, np.float64), _SMALLEST_SECONDS)
         orders = {start.order: None, tuple(range(len(graph.ops))): None}
+        self._floor, self._pinned = least_bytes(graph)
         self._orders = [as_sequence(self._program, order) for order in orders]
         self._found: list[tuple[float, int, Integers]] = []  # extra seconds, peak, whole sequence
 
@@ -87,7 +88,9 @@ class Recomputation:
             return self._start
         if not self._reaches(budget_bytes, deadline) and budget_bytes < (least := self._smallest(deadline)):
             raise InfeasibleError(
-                f"recomputation reaches {least:,} bytes, not {budget_bytes:,}", self._floor, best_bytes=least
+                f"recomputation reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,})",
+                lower_bound_bytes=self._floor,
+                best_bytes=least,
             )
         fitting = [found for found in self._found if found[1] <= budget_bytes]
         extra, peak, whole = min(fitting, key=lambda found: found[:2])
@@ -124,15 +127,6 @@ class Recomputation:
 
     def _extra(self, whole: Integers) -> float:
         return float(max(0.0, self._seconds[whole].sum() - self._seconds.sum()))
-
-    @property
-    def _floor(self) -> int:
-        """What some op needs for itself."""
-        graph = self._graph
-        return max(
-            op.workspace + sum(graph.storages[s].size for s in op.touches if not graph.storages[s].persistent)
-            for op in graph.ops
-        )
 
 
 @njit(cache=True)

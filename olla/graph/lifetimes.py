@@ -6,7 +6,7 @@ This is the reference: plain Python, written to be read. The planners use a comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
 
-__all__ = ["LiveInterval", "Spill", "eager_peak_bytes", "live_intervals", "memory_profile", "peak_bytes"]
+__all__ = ["LiveInterval", "Spill", "eager_peak_bytes", "least_bytes", "live_intervals", "memory_profile", "peak_bytes"]
 
 
 class LiveInterval(NamedTuple):
@@ -100,3 +100,13 @@ def peak_bytes(graph: Graph, order: Sequence[int], spills: Sequence[Spill] = ())
         graph.storages[storage].size for storage in set(graph.outputs) if not graph.storages[storage].persistent
     )
     return max(outputs, *memory_profile(graph, order, spills), 0)
+
+
+def least_bytes(graph: Graph) -> tuple[int, str]:
+    """The bytes that nothing can do without, and what needs them: an op with all that it touches, or the outputs."""
+
+    def size(storages: Iterable[int]) -> int:
+        return sum(graph.storages[s].size for s in storages if not graph.storages[s].persistent)
+
+    needs = [(size(op.touches) + op.workspace, f"op {op.name!r}") for op in graph.ops]
+    return max([(size(set(graph.outputs)), "the outputs"), *needs], key=lambda need: need[0])

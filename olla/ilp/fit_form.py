@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import gcd, inf
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from olla.errors import InfeasibleError, InvalidGraphError
 from olla.fit.recompute import recompute
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import Spill, peak_bytes
+from olla.graph.lifetimes import Spill, least_bytes, peak_bytes
 from olla.graph.plan import Schedule, extra_runs
 from olla.ilp.families import SEQUENCE, resident_set
 from olla.ilp.program import proven_bytes
@@ -22,7 +22,7 @@ from olla.ilp.sequences import SequenceProgram
 from olla.order.schedule import schedule
 from olla.solve import Model, Result, Status, solve
 
-__all__ = ["FitForm", "fit", "least_bytes", "warm_start"]
+__all__ = ["FitForm", "fit", "warm_start"]
 
 _NANOSECONDS = 10**9
 _WARM_START = 0.25  # of the time limit, for an order to begin with
@@ -212,16 +212,6 @@ def _minimize_time(program: SequenceProgram, costs: _Costs) -> int:
         np.concatenate([of_ops[ops], of_spills[program.storage[contents]]]) // unit,
     )
     return unit
-
-
-def least_bytes(graph: Graph) -> tuple[int, str]:
-    """The bytes that nothing can do without, and what needs them: an op with all that it touches, or the outputs."""
-
-    def size(storages: Iterable[int]) -> int:
-        return sum(graph.storages[s].size for s in storages if not graph.storages[s].persistent)
-
-    needs = [(size(op.touches) + op.workspace, f"op {op.name!r}") for op in graph.ops]
-    return max([(size(set(graph.outputs)), "the outputs"), *needs], key=lambda need: need[0])
 
 
 def _spilled(graph: Graph, order: Sequence[int], budget_bytes: int) -> list[Spill] | None:

@@ -48,7 +48,7 @@ def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) 
 
 
 def draw_frontier(frontier: Frontier, path: str | Path) -> None:
-    """Draw what smaller and smaller peaks cost: time to the right, bytes upwards, with the proven bound.
+    """Draw what smaller and smaller peaks cost: time to the right, bytes upwards.
 
     Raises
     ------
@@ -60,9 +60,7 @@ def draw_frontier(frontier: Frontier, path: str | Path) -> None:
     peaks = [found.peak_bytes / 2**20 for found in frontier.schedules]
     total = frontier.seconds or 1.0
     extra = [found.extra_seconds / total * 100 for found in frontier.schedules]
-    bound = [found.extra_seconds_lower_bound / total * 100 for found in frontier.schedules]
     axes.plot(extra, peaks, marker="o", label="planned")
-    axes.plot(bound, peaks, color="black", linestyle=":", linewidth=1, label="not less, ops in this order")
     axes.axhline(frontier.baseline_peak_bytes / 2**20, color="C1", linewidth=1, label="eager")
     axes.set(xlabel="more time, % of a step", ylabel="peak, MiB", ylim=0)
     axes.legend(frameon=False)
