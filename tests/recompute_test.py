@@ -90,7 +90,7 @@ class RecomputeTest(unittest.TestCase):
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
     def test_small_graphs_cost_seldom_more_than_the_optimum(self) -> None:
         draw = random.Random(1)
-        seen = optimal = 0
+        seen = optimal = proven = 0
         while seen < 40:
             graph = random_graph(draw, draw.randint(4, 7))
             start = olla.schedule(graph)
@@ -113,8 +113,44 @@ class RecomputeTest(unittest.TestCase):
                 continue
             verify(graph, Plan.of(graph, found))
             self.assertGreaterEqual(found.extra_seconds, best.extra_seconds - 1e-6)
+            self.assertLessEqual(found.extra_seconds_lower_bound, best.extra_seconds + 1e-6)
+            proven += found.extra_seconds_lower_bound > best.extra_seconds / 2
             optimal += found.extra_seconds < best.extra_seconds + 1e-6
-        self.assertGreaterEqual(optimal, RATE)
+        self.assertGreaterEqual(optimal, 20)
+        self.assertGreaterEqual(proven, 5)
 
+    @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
+    def test_spilling_and_recomputing_cost_seldom_more_than_the_optimum(self) -> None:
+        draw = random.Random(2)
+        seen = optimal = spilling = 0
+        while seen < 30:
+            graph = random_graph(draw, draw.randint(4, 7))
+            start = olla.schedule(graph)
+            if least_bytes(graph) >= start.peak_bytes:
+                continue
+            seconds = [float(draw.randint(1, 9)) for _ in graph.ops]
+            budget = draw.randint(least_bytes(graph), start.peak_bytes - 1)
+            speed = float(draw.randint(1, 9))
+            try:
+                best = fit(graph, budget, seconds, repeats=4, bytes_per_second=speed, solver="cpsat")
+                found = recompute(graph, start, seconds, budget, bytes_per_second=speed)
+            except InfeasibleError:
+                continue
+            seen += 1
+            verify(graph, Plan.of(graph, found))
+            self.assertLessEqual(found.peak_bytes, budget)
+            self.assertGreaterEqual(found.extra_seconds, best.extra_seconds - 1e-6)
+            self.assertLessEqual(found.extra_seconds_lower_bound, best.extra_seconds + 1e-6)
+            optimal += found.extra_seconds < best.extra_seconds + 1e-6
+            spilling += bool(found.spills)
+        self.assertGreaterEqual(optimal, 15)
+        self.assertGreaterEqual(spilling, 5)
 
-RATE = 20  # of 40
+    def test_the_bound_of_a_chain_is_close(self) -> None:
+        graph = training(24, in_place=True)
+        start, seconds = olla.schedule(graph), [1.0] * len(graph.ops)
+        for share in (4, 3, 2):
+            found = recompute(graph, start, seconds, start.peak_bytes * share // 5)
+            self.assertGreater(found.extra_seconds_lower_bound, 0.0)
+            self.assertLessEqual(found.extra_seconds_lower_bound, found.extra_seconds)
+            self.assertLessEqual(found.extra_seconds - found.extra_seconds_lower_bound, 3.0)

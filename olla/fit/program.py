@@ -3,6 +3,9 @@
 In a sequence ops may run again. It leaves out the *late* ops, which only change persistent state, as updates of
 parameters do: each follows the last op that touches anything it touches, so that a parameter is changed when nobody,
 recomputed or not, will read it any more.
+
+A storage that is spilled comes back by a *load*, an op of its own: it needs nothing in memory and makes a content that
+was there before. In between, from its last use on, the storage is elsewhere.
 """
 
 from __future__ import annotations
@@ -11,14 +14,33 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from olla.graph.graph import Graph
+from olla.graph.lifetimes import Spill
 from olla.order.problem import Adjacency, Integers
 
-__all__ = ["CREATES", "WRITES", "Program", "as_sequence", "completed", "program_of", "simulated"]
+__all__ = [
+    "CREATES",
+    "LOADS",
+    "READS",
+    "WRITES",
+    "WRITES_ONCE",
+    "Booleans",
+    "Floats",
+    "Program",
+    "as_sequence",
+    "completed",
+    "program_of",
+    "simulated",
+    "spilled",
+]
 
-CREATES, READS, WRITES, WRITES_ONCE = range(4)
+Booleans = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+CREATES, READS, WRITES, WRITES_ONCE, LOADS = range(5)
 
 
 class Program(NamedTuple):
@@ -35,10 +57,11 @@ class Program(NamedTuple):
     maker_start: Integers  # of the next
     maker: Integers  # ops that create and then write each storage that is not persistent, in program order
     late: Integers  # ops that are not in sequences, in program order
+    loads: int  # the index of the first load; they come after the ops, one for each of ``maker``
 
 
 def program_of(graph: Graph) -> Program:
-    """Flatten ``graph``."""
+    """Flatten ``graph``; in its sequences, storages may be spilled."""
     version = [0] * len(graph.storages)
     rows: list[list[tuple[int, int, int]]] = []
     makers: list[list[int]] = [[] for _ in graph.storages]
@@ -50,6 +73,7 @@ def program_of(graph: Graph) -> Program:
             version[storage] += 1
             if not graph.storages[storage].persistent:
                 makers[storage].append(index)
+    rows += [[(s, LOADS, number + 1)] for s, found in enumerate(makers) for number in range(len(found))]
     touches = np.array([touch for row in rows for touch in row], np.int64).reshape(-1, 3)
     packed = Adjacency.of(makers)
     return Program(
@@ -58,12 +82,13 @@ def program_of(graph: Graph) -> Program:
         kind=touches[:, 1].copy(),
         version=touches[:, 2].copy(),
         sizes=np.array([0 if storage.persistent else storage.size for storage in graph.storages], np.int64),
-        workspace=np.array([op.workspace for op in graph.ops], np.int64),
+        workspace=np.array([*(op.workspace for op in graph.ops), *[0] * sum(map(len, makers))], np.int64),
         outputs=np.array(sorted(set(graph.outputs)), np.int64),
         final=np.array(version, np.int64),
         maker_start=packed.start,
         maker=packed.items,
         late=np.array(_late_ops(graph), np.int64),
+        loads=len(graph.ops),
     )
 
 
@@ -117,12 +142,14 @@ def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
         op = whole[step]
         for k in range(program.start[op], program.start[op + 1]):
             storage, kind = program.storage[k], program.kind[k]
-            if kind == CREATES:
+            if kind == LOADS and (begin[storage] < 0 or version[storage] != program.version[k]):
+                return False, change
+            if kind in (CREATES, LOADS):
                 if begin[storage] >= 0:
                     change[begin[storage]] += program.sizes[storage]
                     change[last[storage] + 1] -= program.sizes[storage]
                 begin[storage] = step
-                version[storage] = 1
+                version[storage] = program.version[k] if kind == LOADS else 1
             elif kind != WRITES_ONCE or not seen[op]:
                 if version[storage] != program.version[k]:
                     return False, change
@@ -143,6 +170,21 @@ def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
         live += change[step]
         change[step] = live + program.workspace[whole[step]]
     return True, change[: len(whole)]
+
+
+def spilled(program: Program, whole: Integers) -> tuple[tuple[int, ...], tuple[Spill, ...]]:
+    """A whole sequence as an order without loads, and what is spilled in it."""
+    order: list[int] = []
+    last = np.zeros(len(program.sizes), np.int64)
+    spills = []
+    for op in whole.tolist():
+        touched = program.storage[program.start[op] : program.start[op + 1]]
+        if op < program.loads:
+            last[touched] = len(order)
+            order.append(op)
+        elif last[touched[0]] + 1 < len(order):
+            spills.append(Spill(int(touched[0]), int(last[touched[0]]) + 1, len(order)))
+    return tuple(order), tuple(sorted(spills))
 
 
 def as_sequence(program: Program, order: Sequence[int]) -> Integers:

@@ -1,11 +1,9 @@
-"""Which ops to run again, so that a step fits into fewer bytes at little extra time.
+"""Which ops to run again, and what to spill, so that a step fits into fewer bytes at little extra time.
 
-Greedy repair: while the peak exceeds the budget, something is dropped that waits through it, and made again right
-before it is needed: by its own op, or also by those whose results would have to wait for it, and so on. Of all these
-chains, the one that removes most of what exceeds the budget for its time is taken. Then repeats that are not needed
-any more are taken out, the dearest first. That is done from several orders and for several weights of time against
-bytes, and the cheapest result counts. Every sequence is simulated in full, so a chain is judged by the true profile,
-and never by the bytes of what it drops.
+The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
+again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
+greedily (``repair.py``) for several weights of time against bytes. The cheapest one is improved, by leaving out some of
+its repeats, or putting in others, and repairing it again, until it is as good as the bound.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.
@@ -14,14 +12,14 @@ for small graphs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
-from numba import njit
 
 from olla.errors import InfeasibleError
-from olla.fit.program import CREATES, WRITES, Program, as_sequence, completed, program_of, simulated
+from olla.fit.moment import Kept, Moments
+from olla.fit.program import as_sequence, completed, program_of, simulated, spilled
+from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, state, unrolled, waiting
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import least_bytes, peak_bytes
 from olla.graph.plan import Schedule
@@ -29,16 +27,25 @@ from olla.order.problem import Integers
 
 __all__ = ["Recomputation", "recompute"]
 
-Floats = npt.NDArray[np.float64]
-
-_DEPTHS = np.array([0, 1, 2, 3, 5, 8, 1_000_000], np.int64)
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
+_TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
+_MOMENTS = 24  # that are looked at
 _CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
+_SETTLED = 1e-3  # of all seconds: as good as the bound
+_TRIALS = 150  # to improve a sequence
+_HEAT = 3e-3  # of all seconds: what a trial may lose in the beginning
+_NEARBY = 40  # ops, in program order
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
 
 
 def recompute(
-    graph: Graph, start: Schedule, seconds: Sequence[float], budget_bytes: int, *, time_limit: float = 30.0
+    graph: Graph,
+    start: Schedule,
+    seconds: Sequence[float],
+    budget_bytes: int,
+    *,
+    bytes_per_second: float | None = None,
+    time_limit: float = 30.0,
 ) -> Schedule:
     """A sequence of the ops of ``graph`` whose peak is at most ``budget_bytes``, at little extra time.
 
@@ -52,33 +59,44 @@ def recompute(
         How long each op takes.
     budget_bytes
         What live bytes must not exceed, persistent storages left out.
+    bytes_per_second
+        Between the device and where storages are spilled to; a spill moves its bytes there and back. None: nothing
+        is spilled.
     time_limit
         Seconds after which the best sequence so far is returned.
 
     Returns
     -------
     Schedule
-        With the ops that run again, and ``extra_seconds``. No bound of these is proven (0).
+        With the ops that run again, its spills, ``extra_seconds`` and a bound of these.
 
     Raises
     ------
     InfeasibleError
         If nothing was found that fits; ``best_bytes`` is about the smallest peak that can be reached.
     """
-    return Recomputation(graph, start, seconds).within(budget_bytes, time_limit=time_limit)
+    work = Recomputation(graph, start, seconds, bytes_per_second=bytes_per_second)
+    return work.within(budget_bytes, time_limit=time_limit)
 
 
 class Recomputation:
     """What is known of a graph, and found so far; budgets asked one after the other share it."""
 
-    def __init__(self, graph: Graph, start: Schedule, seconds: Sequence[float]) -> None:
+    def __init__(
+        self, graph: Graph, start: Schedule, seconds: Sequence[float], *, bytes_per_second: float | None = None
+    ) -> None:
         self._graph, self._start = graph, start
-        self._program = program_of(graph)
-        self._seconds = np.maximum(np.array(seconds, np.float64), _SMALLEST_SECONDS)
+        program = self._program = program_of(graph)
+        of_ops = np.maximum(np.array(seconds, np.float64), _SMALLEST_SECONDS)
+        sizes = np.repeat(program.sizes, np.diff(program.maker_start)).astype(np.float64)
+        of_loads = np.full(len(sizes), np.inf) if bytes_per_second is None else 2 * sizes / bytes_per_second
+        self._seconds = np.concatenate([of_ops, np.maximum(of_loads, _SMALLEST_SECONDS)])
+        self._once = float(of_ops.sum())
         orders = {start.order: None, tuple(range(len(graph.ops))): None}
         self._floor, self._pinned = least_bytes(graph)
-        self._orders = [as_sequence(self._program, order) for order in orders]
-        self._found: list[tuple[float, int, Integers]] = []  # extra seconds, peak, whole sequence
+        self._orders = [as_sequence(program, order) for order in orders]
+        self._moments = Moments(program, self._seconds)
+        self._found: list[tuple[float, int, Integers]] = []  # extra seconds, peak, sequence without late ops
 
     def within(self, budget_bytes: int, *, time_limit: float = 30.0) -> Schedule:
         """See :func:`recompute`. Of what was found for other budgets, the cheapest that fits counts, too."""
@@ -86,203 +104,126 @@ class Recomputation:
         deadline = started + time_limit
         if self._start.peak_bytes <= budget_bytes:
             return self._start
-        if not self._reaches(budget_bytes, deadline) and budget_bytes < (least := self._smallest(deadline)):
+        moment = self._dearest(budget_bytes)
+        for _ in self._attempts(budget_bytes, moment):
+            if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
+                break
+        if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
             raise InfeasibleError(
                 f"recomputation reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,})",
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
-        fitting = [found for found in self._found if found[1] <= budget_bytes]
-        extra, peak, whole = min(fitting, key=lambda found: found[:2])
-        assert peak == peak_bytes(self._graph, whole.tolist())
-        bound, seconds = min(peak, self._floor), time.perf_counter() - started
-        return Schedule(tuple(whole.tolist()), peak, bound, "recomputation", seconds, extra_seconds=extra)
+        self._improve(budget_bytes, moment, deadline)
+        extra, peak, sequence = self._cheapest(budget_bytes)
+        order, spills = spilled(self._program, completed(self._program, sequence)[0])
+        exact = peak_bytes(self._graph, order, spills)
+        assert exact <= peak
+        return Schedule(
+            order,
+            exact,
+            min(exact, self._floor),
+            "recomputation",
+            time.perf_counter() - started,
+            spills,
+            extra,
+            min(extra, moment.seconds),
+        )
 
-    def _reaches(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether a sequence is found that fits."""
-        for power in _POWERS:
-            for sequence in self._orders:
-                if not self._found or time.perf_counter() < deadline:
-                    self._keep(_repaired(self._program, sequence, self._seconds, budget_bytes, power))
-        return self._least <= budget_bytes
+    def _dearest(self, budget_bytes: int) -> Kept:
+        """What to keep at the moment that costs most: one of those with most in memory, if nothing is dropped."""
+        order = self._orders[0]
+        whole, owner = completed(self._program, order)
+        live = np.zeros(len(order), np.int64)
+        np.maximum.at(live, owner, simulated(self._program, whole)[1])
+        fullest = np.argsort(np.where(self._moments.turns[order], -live, 0), kind="stable")[:_MOMENTS]
+        return self._moments.dearest(order[fullest], budget_bytes)
+
+    def _attempts(self, budget_bytes: int, moment: Kept) -> Iterator[None]:
+        """Repair one start after the other, in one way after the other."""
+        for sequence in self._starts(budget_bytes, moment):
+            for power in _POWERS:
+                self._keep(repaired(self._program, sequence, self._seconds, budget_bytes, power))
+                yield
+
+    def _starts(self, budget_bytes: int, moment: Kept) -> Iterator[Integers]:
+        """Orders that make again what is not worth keeping at the dearest moment; as they are, if nothing fits yet."""
+        for share in _TIGHTER:
+            kept = self._moments.at(moment.op, int(share * budget_bytes)) if share < 1 else moment
+            if kept.seconds == np.inf:
+                break
+            for order in self._orders:
+                place = int(np.flatnonzero(order == moment.op)[0])
+                sequence = unrolled(self._program, order, place, kept.contents, kept.loaded)
+                if len(sequence):
+                    yield sequence
+        if budget_bytes < self._least:
+            yield from self._orders
+
+    def _improve(self, budget_bytes: int, moment: Kept, deadline: float) -> None:
+        """Leave out some repeats of the cheapest sequence, or put in others, and repair it again and again."""
+        draw = np.random.default_rng(0)
+        program, (cost, _, sequence) = self._program, self._cheapest(budget_bytes)
+        for trial in range(_TRIALS):
+            if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
+                break
+            changed = self._with_another(sequence, draw) if draw.random() < 1 / 3 else self._with_less(sequence, draw)
+            self._keep(repaired(program, changed, self._seconds, budget_bytes, float(draw.choice(_POWERS))))
+            extra, peak, other = self._found[-1]
+            heat = _HEAT * self._once * (1 - trial / _TRIALS)
+            if peak <= budget_bytes and extra < cost + heat * draw.exponential():
+                cost, sequence = extra, other
+
+    def _with_less(self, sequence: Integers, draw: np.random.Generator) -> Integers:
+        """The sequence without some repeats and loads of ops that are near one another."""
+        again = sequence >= self._program.loads
+        again |= ~np.isin(np.arange(len(sequence)), np.unique(sequence, return_index=True)[1])
+        if not again.any():
+            return sequence
+        middle = draw.choice(np.flatnonzero(again))
+        where = np.arange(len(sequence)) if draw.random() < 1 / 2 else sequence
+        is_near = np.abs(where - where[middle]) <= draw.integers(1, _NEARBY)
+        return np.delete(sequence, np.flatnonzero(again & is_near))
+
+    def _with_another(self, sequence: Integers, draw: np.random.Generator) -> Integers:
+        """The sequence with one more chain: something that waits somewhere is dropped."""
+        _, places, storages = waiting(self._program, sequence, int(draw.integers(len(sequence))))
+        if len(places) == 0:
+            return sequence
+        chosen = draw.integers(len(places))
+        place, depth = places[chosen], draw.choice(DEPTHS)
+        version, waits = state(self._program, sequence, place)
+        chain = chain_of(self._program, version, waits, sequence[place], storages[chosen], depth)
+        if not np.isfinite(self._seconds[chain].sum()):
+            return sequence
+        return np.concatenate([sequence[:place], chain, sequence[place:]])
 
     def _smallest(self, deadline: float) -> int:
         """About the smallest budget that can be reached, by bisection."""
         low = self._floor
         while self._least - low > max(1, _CLOSE * self._least) and time.perf_counter() < deadline:
             middle = (low + self._least) // 2
-            if not self._reaches(middle, deadline):
+            for _ in self._attempts(middle, self._dearest(middle)):
+                if self._least <= middle or time.perf_counter() > deadline:
+                    break
+            else:
                 low = middle
         return self._least
 
     @property
     def _least(self) -> int:
-        return min(peak for _, peak, _ in self._found)
+        return min((peak for _, peak, _ in self._found), default=self._start.peak_bytes)
+
+    def _cheapest(self, budget_bytes: int) -> tuple[float, int, Integers]:
+        return min((found for found in self._found if found[1] <= budget_bytes), key=lambda found: found[:2])
+
+    def _is_settled(self, budget_bytes: int, moment: Kept) -> bool:
+        """Whether something fits that is as good as the bound."""
+        limit = moment.seconds + _SETTLED * self._once
+        return any(extra <= limit and peak <= budget_bytes for extra, peak, _ in self._found)
 
     def _keep(self, sequence: Integers) -> None:
-        whole, _ = completed(self._program, sequence)
-        is_sound, profile = simulated(self._program, whole)
-        assert is_sound
-        self._found.append((self._extra(whole), int(profile.max(initial=0)), whole))
-
-    def _extra(self, whole: Integers) -> float:
-        return float(max(0.0, self._seconds[whole].sum() - self._seconds.sum()))
-
-
-@njit(cache=True)
-def _repaired(program: Program, sequence: Integers, seconds: Floats, budget: int, power: float) -> Integers:
-    """The sequence with repeats, until it fits or nothing helps any more; then without those that are not needed."""
-    best, excess = sequence, _excess(program, sequence, budget)
-    while excess > 0:
-        found, score = best, 0.0
-        place, storages = _waiting(program, best)
-        for i in range(len(storages)):
-            length = 0
-            for depth in _DEPTHS:
-                chain = _chain(program, best, place[i], storages[i], depth)
-                if len(chain) == 0 or len(chain) == length:
-                    continue
-                length = len(chain)
-                candidate = np.concatenate((best[: place[i]], chain, best[place[i] :]))
-                removed = excess - _excess(program, candidate, budget)
-                if removed > 0:
-                    cost = 0.0
-                    for op in chain:
-                        cost += seconds[op]
-                    if removed / cost**power > score:
-                        found, score = candidate, removed / cost**power
-        if score == 0.0:
-            break
-        best, excess = found, _excess(program, found, budget)
-    return _pruned(program, best, seconds, budget if excess == 0 else _peak(program, best))
-
-
-@njit(cache=True)
-def _pruned(program: Program, sequence: Integers, seconds: Floats, budget: int) -> Integers:
-    """The sequence without repeats that the budget does not need, the dearest taken out first."""
-    best = sequence
-    turn = np.argsort(-seconds[best], kind="mergesort")
-    gone = np.zeros(len(best), np.bool_)
-    for place in turn:
-        gone[place] = True
-        candidate = sequence[~gone]
-        if np.any(candidate == sequence[place]) and _peak(program, candidate) <= budget:
-            best = candidate
-        else:
-            gone[place] = False
-    return best
-
-
-@njit(cache=True)
-def _peak(program: Program, sequence: Integers) -> int:
-    """The largest entry of the profile; more than any budget, if the sequence is not sound."""
-    is_sound, profile = simulated(program, completed(program, sequence)[0])
-    return int(profile.max()) if is_sound else 2**62
-
-
-@njit(cache=True)
-def _excess(program: Program, sequence: Integers, budget: int) -> float:
-    """Byte-steps above the budget; infinite, if the sequence is not sound."""
-    is_sound, profile = simulated(program, completed(program, sequence)[0])
-    if not is_sound:
-        return np.inf
-    excess = 0.0
-    for live in profile:
-        excess += max(0, live - budget)
-    return excess
-
-
-@njit(cache=True)
-def _waiting(program: Program, sequence: Integers) -> tuple[Integers, Integers]:
-    """What waits at the peak: positions of the ops that need it next, and storages."""
-    whole, owner = completed(program, sequence)
-    peak = owner[np.argmax(simulated(program, whole)[1])]
-    before = np.full(len(program.sizes), -1, np.int64)
-    after = np.full(len(program.sizes), -1, np.int64)
-    for position in range(len(sequence)):
-        op = sequence[position]
-        for k in range(program.start[op], program.start[op + 1]):
-            storage = program.storage[k]
-            if program.sizes[storage] == 0:
-                continue
-            if position < peak:
-                before[storage] = position
-            elif position == peak:
-                before[storage] = -1  # needed at the peak itself
-            elif after[storage] < 0:
-                after[storage] = position if program.kind[k] != CREATES else len(sequence)
-    at_the_peak = sequence[peak]
-    for k in range(program.start[at_the_peak], program.start[at_the_peak + 1]):
-        before[program.storage[k]] = -1
-    waiting = np.flatnonzero((before >= 0) & (after >= 0) & (after < len(sequence)))
-    return after[waiting], waiting
-
-
-@njit(cache=True)
-def _chain(program: Program, sequence: Integers, place: int, storage: int, depth: int) -> Integers:
-    """Ops that make what the op at ``place`` expects in ``storage``, in order; empty: there is no such chain.
-
-    What they need and is not in memory then is made again, too, up to ``depth`` ops back, and kept for them beyond.
-    """
-    version, waits = _state(program, sequence, place)
-    op = sequence[place]
-    wanted = 0
-    for k in range(program.start[op], program.start[op + 1]):
-        if program.storage[k] == storage:
-            wanted = program.version[k]
-    chain = np.empty(len(program.workspace), np.int64)
-    length = 0
-    in_chain = np.zeros(len(program.workspace), np.bool_)
-    # A stack of makers to run: (op, distance, whether its inputs were looked at).
-    stack = [(np.int64(0), np.int64(0), False)]
-    stack.pop()
-    for j in range(wanted - 1, -1, -1):
-        stack.append((program.maker[program.maker_start[storage] + j], np.int64(0), False))
-    while len(stack) > 0:
-        op, distance, is_ready = stack.pop()
-        if in_chain[op]:
-            continue
-        if is_ready:
-            in_chain[op] = True
-            chain[length] = op
-            length += 1
-            continue
-        stack.append((op, distance, True))
-        for k in range(program.start[op], program.start[op + 1]):
-            used = program.storage[k]
-            first, end = program.maker_start[used], program.maker_start[used + 1]
-            if program.kind[k] == CREATES or first == end:
-                continue
-            needed = program.version[k]
-            is_there = waits[used] and version[used] == needed
-            if used == storage or is_there or (version[used] == needed and distance >= depth):
-                continue
-            if len(stack) > 10_000:
-                return chain[:0]
-            for j in range(needed - 1, -1, -1):
-                stack.append((program.maker[first + j], distance + 1, False))
-    return chain[:length]
-
-
-@njit(cache=True)
-def _state(program: Program, sequence: Integers, place: int) -> tuple[Integers, npt.NDArray[np.bool_]]:
-    """Before the op at ``place``: the version of each storage, and whether it waits in memory for somebody."""
-    version = np.zeros(len(program.sizes), np.int64)
-    for position in range(place):
-        op = sequence[position]
-        for k in range(program.start[op], program.start[op + 1]):
-            storage, kind = program.storage[k], program.kind[k]
-            if kind == CREATES:
-                version[storage] = 1
-            elif kind == WRITES and version[storage] == program.version[k]:
-                version[storage] += 1
-    waits = np.zeros(len(program.sizes), np.bool_)
-    settled = np.zeros(len(program.sizes), np.bool_)
-    for position in range(place, len(sequence)):
-        op = sequence[position]
-        for k in range(program.start[op], program.start[op + 1]):
-            storage = program.storage[k]
-            if not settled[storage]:
-                settled[storage] = True
-                waits[storage] = program.kind[k] != CREATES
-    return version, waits
+        peak = peak_of(self._program, sequence)
+        once = np.unique(sequence[sequence < self._program.loads])
+        extra = float(self._seconds[sequence].sum() - self._seconds[once].sum())
+        self._found.append((max(0.0, extra), peak, sequence))

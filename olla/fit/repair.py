@@ -1,0 +1,280 @@
+"""Greedy repair: the compiled moves that bring a sequence within a byte budget.
+
+While the peak exceeds the budget, something is dropped that waits through it, and made again right before it is needed:
+by its own op, or also by those whose results would have to wait for it, and so on, or loaded from where it was spilled
+to. Of all these chains, the one that removes most of what exceeds the budget for its time is taken. Then what is not
+needed any more is taken out, the dearest first. Every sequence is simulated in full, so a chain is judged by the true
+profile, and never by the bytes of what it drops.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from olla.fit.program import CREATES, LOADS, WRITES, WRITES_ONCE, Booleans, Floats, Program, completed, simulated
+from olla.order.problem import Integers
+
+__all__ = ["DEPTHS", "chain_of", "peak_of", "repaired", "state", "unrolled", "waiting"]
+
+LOAD = -1
+_TRIED = 12  # chains, the most promising ones, before one of them is taken
+_LONGEST = 50_000  # ops in a chain or a sequence
+DEPTHS = np.array([LOAD, 0, 1, 2, 3, 5, 8, 1_000_000], np.int64)  # of chains
+
+
+@njit(cache=True)
+def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int, power: float) -> Integers:
+    """The sequence with more repeats and loads, until it fits or nothing helps any more; then without needless ones.
+
+    ``power`` is that of seconds in the score of a chain.
+    """
+    best, excess = sequence, _excess(program, sequence, budget)
+    while 0 < excess < np.inf:
+        place, chains, promise, power_of_cost = _chains(program, best, seconds, budget, power)
+        found, score = best, 0.0
+        for tried, i in enumerate(np.argsort(-promise, kind="mergesort")):
+            if tried >= _TRIED and score > 0.0:
+                break
+            candidate = np.concatenate((best[: place[i]], chains[i], best[place[i] :]))
+            removed = excess - _excess(program, candidate, budget)
+            if removed > 0 and removed / power_of_cost[i] > score:
+                found, score = candidate, removed / power_of_cost[i]
+        if score == 0.0:
+            break
+        best, excess = found, _excess(program, found, budget)
+    return _pruned(program, best, seconds, budget if excess == 0 else peak_of(program, best))
+
+
+@njit(cache=True)
+def _chains(
+    program: Program, sequence: Integers, seconds: Floats, budget: int, power: float
+) -> tuple[Integers, list[Integers], Floats, Floats]:
+    """For all that waits at the peak: where chains may go, the chains, their promises, and their seconds to the power.
+
+    A chain promises the excess at the steps through which the storages that it makes need not wait.
+    """
+    whole, owner = completed(program, sequence)
+    profile = simulated(program, whole)[1]
+    before, after, storages = waiting(program, sequence, owner[np.argmax(profile)])
+    relief = np.zeros(len(program.sizes), np.float64)
+    for i in range(len(storages)):
+        for step in range(len(whole)):
+            if before[i] < owner[step] < after[i]:
+                relief[storages[i]] += max(0, min(program.sizes[storages[i]], profile[step] - budget))
+    places, chains = [np.int64(0) for _ in range(0)], [sequence for _ in range(0)]
+    promise, costs = [0.0 for _ in range(0)], [0.0 for _ in range(0)]
+    last = np.int64(-1)
+    for i in np.argsort(after, kind="mergesort"):
+        if after[i] != last:
+            last = after[i]
+            version, waits = state(program, sequence, last)
+        length = 0
+        for depth in DEPTHS:
+            chain = chain_of(program, version, waits, sequence[last], storages[i], depth)
+            cost = seconds[chain].sum() ** power
+            if len(chain) == 0 or cost == np.inf or (len(chain) == length and depth > 0):
+                continue
+            length = len(chain)
+            gain = 0.0
+            for op in chain:
+                for k in range(program.start[op], program.start[op + 1]):
+                    if program.kind[k] == CREATES or program.kind[k] == LOADS:
+                        gain += relief[program.storage[k]]
+            places.append(after[i])
+            chains.append(chain)
+            promise.append(gain / cost)
+            costs.append(cost)
+    return np.array(places), chains, np.array(promise), np.array(costs)
+
+
+@njit(cache=True)
+def _pruned(program: Program, sequence: Integers, seconds: Floats, budget: int) -> Integers:
+    """The sequence without repeats and loads that the budget does not need, the dearest taken out first."""
+    runs = np.zeros(len(seconds), np.int64)
+    for op in sequence:
+        runs[op] += 1
+    best = sequence
+    gone = np.zeros(len(best), np.bool_)
+    for place in np.argsort(-seconds[sequence], kind="mergesort"):
+        op = sequence[place]
+        if runs[op] == 1 and op < program.loads:
+            continue
+        gone[place] = True
+        candidate = sequence[~gone]
+        if peak_of(program, candidate) <= budget:
+            best = candidate
+            runs[op] -= 1
+        else:
+            gone[place] = False
+    return best
+
+
+@njit(cache=True)
+def peak_of(program: Program, sequence: Integers) -> int:
+    """The largest entry of the profile; more than any budget, if the sequence is not sound."""
+    is_sound, profile = simulated(program, completed(program, sequence)[0])
+    return int(profile.max()) if is_sound else 2**62
+
+
+@njit(cache=True)
+def _excess(program: Program, sequence: Integers, budget: int) -> float:
+    """Byte-steps above the budget; infinite, if the sequence is not sound."""
+    is_sound, profile = simulated(program, completed(program, sequence)[0])
+    if not is_sound:
+        return np.inf
+    excess = 0.0
+    for live in profile:
+        excess += max(0, live - budget)
+    return excess
+
+
+@njit(cache=True)
+def waiting(program: Program, sequence: Integers, position: int) -> tuple[Integers, Integers, Integers]:
+    """What waits in memory at a position: where it was needed last, and will be needed next, and storages."""
+    before = np.full(len(program.sizes), -1, np.int64)
+    after = np.full(len(program.sizes), -1, np.int64)
+    for other in range(len(sequence)):
+        op = sequence[other]
+        for k in range(program.start[op], program.start[op + 1]):
+            storage = program.storage[k]
+            if program.sizes[storage] == 0:
+                continue
+            if other < position:
+                before[storage] = other
+            elif other == position:
+                before[storage] = -1  # needed right now
+            elif after[storage] < 0:
+                is_made = program.kind[k] == CREATES or program.kind[k] == LOADS
+                after[storage] = len(sequence) if is_made else other
+    found = np.flatnonzero((before >= 0) & (after >= 0) & (after < len(sequence)))
+    return before[found], after[found], found
+
+
+@njit(cache=True)
+def chain_of(
+    program: Program,
+    version: Integers,
+    waits: Booleans,
+    op: int,
+    storage: int,
+    depth: int,
+) -> Integers:
+    """Ops that make what ``op`` expects in ``storage``, in order; empty: there is no such chain.
+
+    What they need and is not in memory then is made again, too, up to ``depth`` ops back, and kept for them beyond.
+    The chain of depth ``LOAD`` is a load. The rest is what :func:`state` says.
+    """
+    wanted = np.int64(0)
+    for k in range(program.start[op], program.start[op + 1]):
+        if program.storage[k] == storage:
+            wanted = program.version[k]
+    chain = np.empty(program.loads, np.int64)
+    if depth == LOAD:
+        chain[0] = program.loads + program.maker_start[storage] + wanted - 1
+        return chain[: 1 if version[storage] == wanted and op < program.loads else 0]
+    length = 0
+    in_chain = np.zeros(program.loads, np.bool_)
+    # A stack of makers to run: (op, distance, whether its inputs were looked at).
+    stack = [(np.int64(0), 0, False) for _ in range(0)]
+    for j in range(wanted - 1, -1, -1):
+        stack.append((program.maker[program.maker_start[storage] + j], 0, False))
+    while len(stack) > 0:
+        maker, distance, is_ready = stack.pop()
+        if in_chain[maker]:
+            continue
+        if is_ready:
+            in_chain[maker] = True
+            chain[length] = maker
+            length += 1
+            continue
+        stack.append((maker, distance, True))
+        for k in range(program.start[maker], program.start[maker + 1]):
+            used = program.storage[k]
+            first, end = program.maker_start[used], program.maker_start[used + 1]
+            if program.kind[k] == CREATES or first == end:
+                continue
+            needed = program.version[k]
+            is_there = waits[used] and version[used] == needed
+            if used == storage or is_there or (version[used] == needed and distance >= depth):
+                continue
+            if len(stack) > _LONGEST:
+                return chain[:0]
+            for j in range(needed - 1, -1, -1):
+                stack.append((program.maker[first + j], distance + 1, False))
+    return chain[:length]
+
+
+@njit(cache=True)
+def state(program: Program, sequence: Integers, place: int) -> tuple[Integers, Booleans]:
+    """Before the op at ``place``: the version of each storage, and whether it waits in memory for somebody."""
+    version = np.zeros(len(program.sizes), np.int64)
+    for position in range(place):
+        op = sequence[position]
+        for k in range(program.start[op], program.start[op + 1]):
+            storage, kind = program.storage[k], program.kind[k]
+            if kind == CREATES:
+                version[storage] = 1
+            elif kind == WRITES and version[storage] == program.version[k]:
+                version[storage] += 1
+    waits = np.zeros(len(program.sizes), np.bool_)
+    settled = np.zeros(len(program.sizes), np.bool_)
+    for position in range(place, len(sequence)):
+        op = sequence[position]
+        for k in range(program.start[op], program.start[op + 1]):
+            storage = program.storage[k]
+            if not settled[storage]:
+                settled[storage] = True
+                waits[storage] = program.kind[k] != CREATES and program.kind[k] != LOADS
+    return version, waits
+
+
+@njit(cache=True)
+def unrolled(program: Program, order: Integers, place: int, kept: Booleans, loaded: Booleans) -> Integers:
+    """The order in which what was not ``kept`` at ``place`` is made again, or loaded, right before it is needed.
+
+    Both are by index in ``program.maker``. Empty: what to keep cannot be kept together.
+    """
+    version = np.zeros(len(program.sizes), np.int64)
+    there = np.zeros(len(program.sizes), np.bool_)
+    seen = np.zeros(program.loads, np.bool_)
+    sequence = np.empty(_LONGEST + len(order), np.int64)
+    length = 0
+    for position in range(len(order)):
+        if position == place + 1:
+            for storage in range(len(there)):
+                first = program.maker_start[storage]
+                if there[storage] and first < program.maker_start[storage + 1]:
+                    there[storage] = kept[first + version[storage] - 1]
+        stack = [order[position]]
+        while len(stack) > 0:
+            op = stack[-1]
+            missing = np.int64(-1)
+            for k in range(program.start[op], program.start[op + 1]):
+                storage, kind = program.storage[k], program.kind[k]
+                first = program.maker_start[storage]
+                if kind in (CREATES, LOADS) or first == program.maker_start[storage + 1]:
+                    continue
+                if not there[storage] or version[storage] != program.version[k]:
+                    content = first + program.version[k] - 1
+                    can_load = loaded[content] and version[storage] == program.version[k]
+                    missing = program.loads + content if can_load else program.maker[content]
+                    break
+            if len(stack) + length >= _LONGEST:
+                return sequence[:0]
+            if missing >= 0:
+                stack.append(missing)
+                continue
+            stack.pop()
+            sequence[length] = op
+            length += 1
+            for k in range(program.start[op], program.start[op + 1]):
+                storage, kind = program.storage[k], program.kind[k]
+                there[storage] = True
+                if kind == CREATES:
+                    version[storage] = 1
+                elif kind == WRITES or (kind == WRITES_ONCE and not seen[op]):
+                    version[storage] += 1
+            if op < program.loads:
+                seen[op] = True
+    return sequence[:length]
