@@ -15,6 +15,7 @@ from olla.capture.trace import Trace
 from olla.capture.updates import UPDATE, Update
 from olla.graph.plan import extra_runs
 from olla.run.random import random_state, replay
+from olla.run.spill import Spiller
 from olla.torch_private import OpOverload
 
 __all__ = ["Tell", "Watch", "emit"]
@@ -25,24 +26,36 @@ Watch = Callable[[int, object], None]
 
 
 def emit(
-    traced: Trace, lowered: Lowered, order: Sequence[int], *, tell: Tell | None = None, watch: Watch | None = None
+    traced: Trace,
+    lowered: Lowered,
+    order: Sequence[int],
+    *,
+    spiller: Spiller | None = None,
+    tell: Tell | None = None,
+    watch: Watch | None = None,
 ) -> fx.GraphModule:
     """The step of ``traced``, its ops in ``order``; ``.code`` of the result is what runs.
 
     An op that stands in ``order`` again runs again: readers take the latest result, running statistics are left
     alone, and the same random numbers are drawn.
     Views are taken right before they are needed. The parts of a result are taken right after the
-    call, so that the tuple does not keep them all alive. ``tell`` is called with the position in the
-    order before each op, ``watch`` after it, with the position and what the op returned.
+    call, so that the tuple does not keep them all alive. ``spiller`` is told when storages leave and come back.
+    ``tell`` is called with the position in the order before each op, and once more if storages have moved there
+    in between; ``watch`` after it, with the position and what the op returned.
     """
-    return _Emitter(traced, lowered, tell, watch).emit(order)
+    return _Emitter(traced, lowered, spiller, tell, watch).emit(order)
 
 
 class _Emitter:
-    def __init__(self, traced: Trace, lowered: Lowered, tell: Tell | None, watch: Watch | None) -> None:
+    def __init__(
+        self, traced: Trace, lowered: Lowered, spiller: Spiller | None, tell: Tell | None, watch: Watch | None
+    ) -> None:
         self._traced = traced
         self._lowered = lowered
-        self._hooks = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
+        self._transfers = spiller.transfers if spiller else ()
+        self._hooks: dict[str, object] = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
+        if self._transfers:
+            self._hooks |= {name: getattr(spiller, name) for name in ("store", "drop", "fetch", "ready")}
         self._graph = fx.Graph()
         self._emitted: dict[fx.Node, fx.Node] = {}
         self._updates: dict[str, Update] = {}
@@ -56,7 +69,10 @@ class _Emitter:
                 self._copy(node)
         self._repeated = {*extra_runs(order)}
         for position, index in enumerate(order):
+            self._move(position)
             self._emit_op(position, index)
+            self._store(position)
+        self._move(len(order))
         output = module.graph.output_node()
         self._require(output.all_input_nodes)
         self._copy(output)
@@ -83,6 +99,36 @@ class _Emitter:
         for part in node.users:
             if part.target is operator.getitem and part.users:
                 self._copy(part)
+
+    def _move(self, position: int) -> None:
+        """What leaves and comes back between the op before ``position`` and the one there."""
+        numbers = range(len(self._transfers))
+        for number in numbers:
+            if self._transfers[number].dropped == position:
+                self._call("drop", number)
+        fetched = [number for number in numbers if self._transfers[number].fetched == position]
+        used = [number for number in numbers if self._transfers[number].used == position]
+        if fetched:
+            self._call("op", position)  # it is to have what is allocated now
+        for number in fetched:
+            self._call("fetch", number)
+        for number in used:
+            self._call("ready", number)
+
+    def _store(self, position: int) -> None:
+        """What may be copied out after the op at ``position``: it is told a tensor on the storage, of its creator."""
+        for number, transfer in enumerate(self._transfers):
+            if transfer.stored == position:
+                ops = self._lowered.graph.ops
+                node = next(n for n, op in zip(self._lowered.nodes, ops, strict=True) if transfer.storage in op.creates)
+                parts = [part for part in node.users if part.target is operator.getitem and part in self._emitted]
+                on_it = [part for part in parts if self._lowered.views.get(part) == {transfer.storage}]
+                if on_it:
+                    self._call("store", number, self._emitted[on_it[0]], 0)
+                else:
+                    self._call(
+                        "store", number, self._emitted[node], self._lowered.results[node].index(transfer.storage)
+                    )
 
     def _emit_again(self, index: int) -> None:
         node, op = self._lowered.nodes[index], self._lowered.graph.ops[index]
