@@ -180,7 +180,7 @@ class Spiller:
         self.spilled_bytes = 0  # that the latest run has sent away
         self._space, self._space_bytes = space, placed.arena_bytes
         self._copies = _StreamCopies(device) if spills and device.type == "cuda" else _Copies()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: Tensor | None = None
         self._away: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
     @property
@@ -196,10 +196,10 @@ class Spiller:
         SpillError
             If there is not.
         """
-        self._memory = self._space.reserve(self._space_bytes)
+        self._space.reserve(self._space_bytes)
 
     def __enter__(self) -> None:
-        self.reserve()
+        self._memory = self._space.reserve(self._space_bytes)
         self.addresses.clear()
         self._away.clear()
         self.spilled_bytes = 0
@@ -210,6 +210,7 @@ class Spiller:
     ) -> None:
         self._copies.end()
         self._away.clear()
+        self._memory = None  # it is the space that decides how long there is any
 
     def store(self, number: int, value: object, index: int) -> None:
         """Transfer ``number`` may begin; its storage is that of the tensor at ``index`` of ``value``.
@@ -243,6 +244,7 @@ class Spiller:
         self._copies.wait(self.transfers[number].storage)
 
     def _region(self, number: int, size: int) -> Tensor:
+        assert self._memory is not None, "a run has begun"
         offset = self.transfers[number].offset
         return self._memory[offset : offset + size]
 
