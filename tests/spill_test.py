@@ -147,6 +147,11 @@ class Waiting(nn.Module):
         return self.down(self.middle(self.up(waiting))) + waiting
 
 
+def nothing(*arguments: Any, **options: Any) -> Schedule:
+    """Instead of recomputation."""
+    raise InfeasibleError("nothing is recomputed", 0, 0)
+
+
 class InFolder(EagerTestCase):
     """With a directory to spill to, in which nothing must be left, nor be open."""
 
@@ -171,8 +176,7 @@ class InFolder(EagerTestCase):
         x = torch.randn(256, 64)
         free = olla.plan(model, x, place=False, **arguments)
         budget = free.persistent_bytes + int(share * free.peak_bytes)
-        nothing = InfeasibleError("nothing is recomputed", 0, 0)
-        patch = mock.patch.object(planning, "recompute", side_effect=nothing)
+        patch = mock.patch.object(planning, "recompute", nothing)
         patch.start()
         self.addCleanup(patch.stop)
         step = olla.optimize(model, x, memory_budget=budget, spill_dir=self.folder, **arguments)
@@ -429,8 +433,7 @@ class SpillDirTest(InFolder):
         model = deep()
         optimizer = sgd(model.parameters())
         before = copy.deepcopy(model.state_dict())
-        nothing = InfeasibleError("nothing is recomputed", 0, 0)
-        with mock.patch.object(planning, "recompute", side_effect=nothing), self.assertRaisesRegex(SpillError, message):
+        with mock.patch.object(planning, "recompute", nothing), self.assertRaisesRegex(SpillError, message):
             olla.optimize(model, torch.randn(256, 64), optimizer=optimizer, memory_budget=0.6, **options)
         self.assert_same(dict(model.state_dict()), dict(before), "the model")
         self.assertEqual(len(optimizer.state), 0)
