@@ -207,21 +207,26 @@ def frontier(
     loss_fn: Callable[..., Tensor] | None = None,
     targets: Tensor | Sequence[Tensor] | None = None,
     optimizer: Optimizer | None = None,
+    spill_dir: SpillDir | None = None,
     points: int = 12,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Frontier:
     """What smaller and smaller memory budgets cost in time, from the best order to the smallest peak reached.
 
-    Like :func:`plan` it allocates nothing, and times of operators are estimated. Print the result, or draw it
+    Like :func:`plan` it allocates nothing, and times of operators are estimated. With ``spill_dir`` (as for
+    :func:`optimize`) a schedule may spill instead of running operators again. Print the result, or draw it
     with :func:`olla.show.draw.draw_frontier`. Peaks are those above what lives across steps.
 
     Raises
     ------
     CaptureError
         If the step cannot be captured.
+    SpillError
+        If ``spill_dir`` is not a directory, or not writable.
     """
-    step = Step(_program(model, loss_fn, targets, optimizer), options=Options(time_limit=time_limit, progress=progress))
+    options = Options(spill_dir=spill_dir, time_limit=time_limit, progress=progress)
+    step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.frontier_for(points, *args, **kwargs)
 

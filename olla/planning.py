@@ -22,7 +22,7 @@ from olla.fit.recompute import recompute
 from olla.fit.spill import spill, spill_seconds
 from olla.graph.check import verify
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import eager_peak_bytes, live_intervals, memory_profile, peak_bytes
+from olla.graph.lifetimes import eager_peak_bytes, least_bytes, live_intervals, memory_profile, peak_bytes
 from olla.graph.plan import Addresses, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
@@ -213,7 +213,20 @@ def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
     seconds = estimated_seconds(lowered)
     start = _ordered(lowered.graph, seconds, options)
     with stage(f"fitting {points} budgets", options.progress):
-        return frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
+        found = frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
+    return (
+        found if options.spill_dir is None else _with_spilling(lowered.graph, start, found, points, options.spill_dir)
+    )
+
+
+def _with_spilling(graph: Graph, start: Schedule, found: Frontier, points: int, spill_dir: SpillDir) -> Frontier:
+    """The curve where spilling takes less time, and on to the smallest peak that there can be."""
+    floor, end = least_bytes(graph)[0], found.schedules[-1].peak_bytes
+    budgets = {one.peak_bytes for one in found.schedules} | {floor + (end - floor) * i // points for i in range(points)}
+    spilled = [spill(graph, start, measured_bandwidth(spill_dir), budget) for budget in budgets]
+    known = sorted([*found.schedules, *spilled], key=lambda one: one.extra_seconds)
+    best = [next(one for one in known if one.peak_bytes <= budget) for budget in sorted(budgets, reverse=True)]
+    return replace(found, schedules=tuple(dict.fromkeys(best)))
 
 
 def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:

@@ -11,6 +11,7 @@ import resource
 import tempfile
 import unittest
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -320,6 +321,22 @@ class SpillTest(InFolder):
         plan = olla.plan(model, x, memory_budget=least.exception.best_bytes, spill_dir=self.folder, **arguments)
         self.assertLessEqual(plan.persistent_bytes + plan.peak_bytes, least.exception.best_bytes)
         self.assertGreater(len(plan.spills), 0)
+
+    def test_the_frontier_goes_on_where_recomputation_ends(self) -> None:
+        model, x = deep(), torch.randn(256, 64)
+        arguments: dict[str, Any] = {"optimizer": sgd(model.parameters()), "points": 5}
+        plain = olla.frontier(model, x, **arguments).schedules
+        with mock.patch.object(planning, "measured_bandwidth", return_value=FREE):
+            free = olla.frontier(model, x, spill_dir=self.folder, **arguments).schedules
+        with mock.patch.object(planning, "measured_bandwidth", return_value=DEAR):
+            dear = olla.frontier(model, x, spill_dir=self.folder, **arguments).schedules
+        for schedules in (free, dear):
+            self.assertLess(schedules[-1].peak_bytes, plain[-1].peak_bytes)
+            for one, next_one in pairwise(schedules):
+                self.assertLess(next_one.peak_bytes, one.peak_bytes)
+                self.assertGreaterEqual(next_one.extra_seconds, one.extra_seconds)
+        self.assertTrue(all(one.spills for one in free[1:]))
+        self.assertEqual([one.spills for one in dear[: len(plain)]], [()] * len(plain))
 
     def test_results_may_come_back_after_the_last_step(self) -> None:
         def early(x: Tensor) -> tuple[Tensor, Tensor]:
