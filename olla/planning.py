@@ -214,9 +214,9 @@ def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
     start = _ordered(lowered.graph, seconds, options)
     with stage(f"fitting {points} budgets", options.progress):
         found = frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
-    return (
-        found if options.spill_dir is None else _with_spilling(lowered.graph, start, found, points, options.spill_dir)
-    )
+    if options.spill_dir is None:
+        return found
+    return _with_spilling(lowered.graph, start, found, points, options.spill_dir)
 
 
 def _with_spilling(graph: Graph, start: Schedule, found: Frontier, points: int, spill_dir: SpillDir) -> Frontier:

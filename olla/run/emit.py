@@ -52,10 +52,14 @@ class _Emitter:
     ) -> None:
         self._traced = traced
         self._lowered = lowered
-        self._transfers = spiller.transfers if spiller else ()
+        self._moves: dict[tuple[str, int], list[int]] = {}  # hook and position -> what moves there
         self._hooks: dict[str, object] = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
-        if self._transfers:
-            self._hooks |= {name: getattr(spiller, name) for name in ("store", "drop", "fetch", "ready")}
+        self._transfers = spiller.transfers if spiller else ()
+        for number, t in enumerate(self._transfers):
+            moments = {"store": t.stored, "drop": t.dropped, "fetch": t.fetched, "ready": t.used}
+            self._hooks |= {hook: getattr(spiller, hook) for hook in moments}
+            for move in moments.items():
+                self._moves.setdefault(move, []).append(number)
         self._graph = fx.Graph()
         self._emitted: dict[fx.Node, fx.Node] = {}
         self._updates: dict[str, Update] = {}
@@ -102,33 +106,26 @@ class _Emitter:
 
     def _move(self, position: int) -> None:
         """What leaves and comes back between the op before ``position`` and the one there."""
-        numbers = range(len(self._transfers))
-        for number in numbers:
-            if self._transfers[number].dropped == position:
-                self._call("drop", number)
-        fetched = [number for number in numbers if self._transfers[number].fetched == position]
-        used = [number for number in numbers if self._transfers[number].used == position]
-        if fetched:
-            self._call("op", position)  # it is to have what is allocated now
-        for number in fetched:
-            self._call("fetch", number)
-        for number in used:
-            self._call("ready", number)
+        for hook in ("drop", "fetch", "ready"):
+            numbers = self._moves.get((hook, position), ())
+            if hook == "fetch" and numbers:
+                self._call("op", position)  # it is the one that has what is allocated now
+            for number in numbers:
+                self._call(hook, number)
 
     def _store(self, position: int) -> None:
-        """What may be copied out after the op at ``position``: it is told a tensor on the storage, of its creator."""
-        for number, transfer in enumerate(self._transfers):
-            if transfer.stored == position:
-                ops = self._lowered.graph.ops
-                node = next(n for n, op in zip(self._lowered.nodes, ops, strict=True) if transfer.storage in op.creates)
-                parts = [part for part in node.users if part.target is operator.getitem and part in self._emitted]
-                on_it = [part for part in parts if self._lowered.views.get(part) == {transfer.storage}]
-                if on_it:
-                    self._call("store", number, self._emitted[on_it[0]], 0)
-                else:
-                    self._call(
-                        "store", number, self._emitted[node], self._lowered.results[node].index(transfer.storage)
-                    )
+        """What may be copied out after the op at ``position``."""
+        for number in self._moves.get(("store", position), ()):
+            self._call("store", number, *self._tensor_on(self._transfers[number].storage))
+
+    def _tensor_on(self, storage: int) -> tuple[fx.Node, int]:
+        """Where the op that made it has returned ``storage``: the name, and the index of the tensor in its value."""
+        ops = zip(self._lowered.nodes, self._lowered.graph.ops, strict=True)
+        maker = next(node for node, op in ops if storage in op.creates)
+        for part in maker.users:  # a part of a tuple, say, which itself is not kept; any other view does, too
+            if part in self._emitted and self._lowered.views.get(part) == {storage}:
+                return self._emitted[part], 0
+        return self._emitted[maker], self._lowered.results[maker].index(storage)
 
     def _emit_again(self, index: int) -> None:
         node, op = self._lowered.nodes[index], self._lowered.graph.ops[index]

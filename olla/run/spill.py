@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -155,8 +156,8 @@ class Transfer(NamedTuple):
     dropped: int  # before this one, its bytes are given back
     fetched: int  # before this one, it gets new bytes, and the copy back may begin
     used: int  # this one needs it; the number of all positions: the caller does
-    offset: int  # of its bytes where they are meanwhile
-    size: int
+    size: int  # bytes
+    offset: int = 0  # of these, where they are meanwhile
 
 
 class Spiller:
@@ -168,14 +169,9 @@ class Spiller:
     def __init__(
         self, graph: Graph, order: Sequence[int], spills: Sequence[Spill], space: SpillSpace, device: torch.device
     ) -> None:
-        moments = [_moments(graph, order, spill) for spill in spills]
-        sizes = [graph.storages[spill.storage].size for spill in spills]
-        lives = [(stored, fetched, size) for (stored, _, fetched, _), size in zip(moments, sizes, strict=True)]
-        placed = pack(lives, alignment=ALIGNMENT, time_limit=_PACKING)
-        self.transfers = tuple(
-            Transfer(spill.storage, *moment, offset, size)
-            for spill, moment, offset, size in zip(spills, moments, placed.offsets, sizes, strict=True)
-        )
+        found = _transfers(graph, order, spills)
+        placed = pack([(t.stored, t.fetched, t.size) for t in found], alignment=ALIGNMENT, time_limit=_PACKING)
+        self.transfers = tuple(t._replace(offset=at) for t, at in zip(found, placed.offsets, strict=True))
         self.addresses: dict[tuple[int, int], int] = {}
         self.spilled_bytes = 0  # that the latest run has sent away
         self._space, self._space_bytes = space, placed.arena_bytes
@@ -249,10 +245,18 @@ class Spiller:
         return self._memory[offset : offset + size]
 
 
-def _moments(graph: Graph, order: Sequence[int], spill: Spill) -> tuple[int, int, int, int]:
-    users = [step for step, op in enumerate(order) if spill.storage in graph.ops[op].touches]
-    stored = max(step for step in users if step < spill.start)
-    return stored, spill.start, spill.end, min((step for step in users if step >= spill.end), default=len(order))
+def _transfers(graph: Graph, order: Sequence[int], spills: Sequence[Spill]) -> list[Transfer]:
+    """With offsets that are not known yet."""
+    users: dict[int, list[int]] = {spill.storage: [] for spill in spills}
+    for step, op in enumerate(order):
+        for storage in users.keys() & {*graph.ops[op].touches}:
+            users[storage].append(step)
+    found = []
+    for storage, start, end in spills:
+        steps = [*users[storage], len(order)]
+        before, after = steps[bisect_left(steps, start) - 1], steps[bisect_left(steps, end)]
+        found.append(Transfer(storage, before, start, end, after, graph.storages[storage].size))
+    return found
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
