@@ -122,7 +122,7 @@ class _Emitter:
         """Where the op that made it has returned ``storage``: the name, and the index of the tensor in its value."""
         ops = zip(self._lowered.nodes, self._lowered.graph.ops, strict=True)
         maker = next(node for node, op in ops if storage in op.creates)
-        for part in maker.users:  # a part of a tuple, say, which itself is not kept; any other view does, too
+        for part in maker.users:  # the tuple itself is not kept
             if part in self._emitted and self._lowered.views.get(part) == {storage}:
                 return self._emitted[part], 0
         return self._emitted[maker], self._lowered.results[maker].index(storage)
