@@ -197,6 +197,16 @@ class RandomPlansTest(InFolder):
         self.assertEqual(measured.arena.missed, 0)
         graph, plan = step._current.draft.lowered.graph, step.plan
         self.assertEqual(measured.spilled_bytes, sum(graph.storages[spill.storage].size for spill in plan.spills))
+        offsets = {
+            (life.start, life.storage): offset
+            for life, offset in zip(live_intervals(graph, plan.order, plan.spills), plan.offsets, strict=True)
+        }
+        base = step._current.arena.base
+        returned = {
+            life: at - base for life, at in step._current.spiller.addresses.items() if life[0] < len(plan.order)
+        }
+        self.assertEqual(returned, {life: offsets[life] for life in returned})
+        self.assertGreater(len(returned), 20)
         self.assertGreater(len(plan.spills), 20)
         self.assertGreater(len(plan.recomputed), 10)
         spilled = {spill.storage for spill in plan.spills}
@@ -469,6 +479,13 @@ class SpillDirTest(InFolder):
         require_spill_dir("host", torch.device("cuda"))
         with self.assertRaisesRegex(SpillError, "pass spill_dir='host'"):
             require_spill_dir(self.folder, torch.device("cuda"))
+
+    def test_without_a_gpu_nothing_is_known_of_its_bandwidth(self) -> None:
+        with (
+            mock.patch("torch.cuda.is_available", return_value=False),
+            self.assertRaisesRegex(SpillError, "where there"),
+        ):
+            measured_bandwidth("host")
 
     def test_a_directory_is_looked_at_even_if_nothing_is_spilled(self) -> None:
         with self.assertRaisesRegex(SpillError, "not a directory"):

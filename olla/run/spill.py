@@ -51,8 +51,11 @@ def require_spill_dir(spill_dir: SpillDir, device: torch.device) -> None:
         raise SpillError(f"on CUDA, storages are spilled to pinned memory: pass spill_dir={HOST!r}, not {spill_dir!r}")
     if device.type != "cuda" and spill_dir == HOST:
         raise SpillError(f"spill_dir={HOST!r} is for CUDA: on {device.type}, name a directory to spill to")
-    if spill_dir != HOST:
-        os.close(_nameless_file(spill_dir))
+    if spill_dir == HOST:
+        return
+    if not hasattr(os, "posix_fallocate"):
+        raise SpillError("files to spill to cannot be reserved on this platform: plan without spill_dir")
+    os.close(_nameless_file(spill_dir))
 
 
 def measured_bandwidth(spill_dir: SpillDir) -> Bandwidth:
@@ -63,8 +66,10 @@ def measured_bandwidth(spill_dir: SpillDir) -> Bandwidth:
     Raises
     ------
     SpillError
-        If there is no place for these bytes.
+        If there is no place for these bytes, or no GPU that they could come from.
     """
+    if spill_dir == HOST and not torch.cuda.is_available():
+        raise SpillError("how fast bytes move between a GPU and the host can only be measured where there is one")
     return _bandwidth(os.fspath(spill_dir) if spill_dir == HOST else Path(spill_dir).resolve())
 
 
