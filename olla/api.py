@@ -75,7 +75,8 @@ def optimize(
     spill_dir
         A directory for a file to which tensors may go while nobody needs them, if the budget asks for that. The file
         has no name, is as large as what is away at once, and is gone with the step. ``"host"``: the same for steps
-        on CUDA, in pinned memory of the host, because GPUs do not write to directories. None: nothing is spilled.
+        on CUDA, in pinned memory of the host, because GPUs do not write to directories. How fast it is gets measured,
+        with 32 MiB, when a budget asks for it. None: nothing is spilled.
     solver
         A solver of integer programs (``"gurobi"``, ``"cpsat"``, ``"highs"``, ``"auto"``: what is there), to improve
         what the planners leave open: orders not proven to be best, and fragmentation, where the graph is small enough.

@@ -470,6 +470,7 @@ class SpillDirTest(InFolder):
         self.refused("'/no/such/place', which is not a directory", spill_dir="/no/such/place")
         with tempfile.NamedTemporaryFile() as file:
             self.refused("which is not a directory: name one that exists", spill_dir=file.name)
+        self.refused("spill_dir is True: give the path", spill_dir=True)
 
     def test_a_directory_that_cannot_be_written(self) -> None:
         self.refused("no file can be written in spill_dir '/proc'", spill_dir="/proc")

@@ -47,6 +47,8 @@ def require_spill_dir(spill_dir: SpillDir, device: torch.device) -> None:
     SpillError
         If it is not a directory, or not writable, or not for this device.
     """
+    if not isinstance(spill_dir, (str, os.PathLike)):
+        raise SpillError(f"spill_dir is {spill_dir!r}: give the path of a directory")
     if device.type == "cuda" and spill_dir != HOST:
         raise SpillError(f"on CUDA, storages are spilled to pinned memory: pass spill_dir={HOST!r}, not {spill_dir!r}")
     if device.type != "cuda" and spill_dir == HOST:
@@ -70,7 +72,7 @@ def measured_bandwidth(spill_dir: SpillDir) -> Bandwidth:
     """
     if spill_dir == HOST and not torch.cuda.is_available():
         raise SpillError("how fast bytes move between a GPU and the host can only be measured where there is one")
-    return _bandwidth(os.fspath(spill_dir) if spill_dir == HOST else Path(spill_dir).resolve())
+    return _bandwidth(HOST if spill_dir == HOST else Path(spill_dir).resolve())
 
 
 @cache
