@@ -23,6 +23,7 @@ from olla.errors import (
     OllaError,
     OutOfMemoryError,
     SolverUnavailableError,
+    SpillError,
 )
 from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Placement, Plan, Schedule
@@ -54,6 +55,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "SolverUnavailableError",
+    "SpillError",
     "Step",
     "Storage",
     "allocate",

@@ -17,6 +17,7 @@ from olla.fit.frontier import Frontier
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.planning import Options
+from olla.run.spill import SpillDir
 from olla.solve import require
 from olla.step import Step
 
@@ -35,6 +36,7 @@ def optimize(
     reorder: bool = True,
     place: bool = True,
     memory_budget: Budget | None = None,
+    spill_dir: SpillDir | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
@@ -66,9 +68,15 @@ def optimize(
     memory_budget
         All that the step may hold at once, parameters, buffers, optimizer state and inputs included: bytes, a text
         like ``"6GiB"``, or a share of what the step holds in eager PyTorch, ``0.5`` or ``"50%"``. Where the order alone
-        needs more, operators are run again, with the same results, at the least extra time that is found. What
+        needs more, operators are run again (and tensors spilled, with ``spill_dir``), with the same results, at the
+        least extra time that is found. What
         operators allocate for themselves is known when they have run, so the first steps may exceed it a little
         (and all of them with ``place=False``).
+    spill_dir
+        A directory for a file to which tensors may go while nobody needs them, if the budget asks for that. The file
+        has no name, is as large as what is away at once, and is gone with the step. ``"host"``: the same for steps
+        on CUDA, in pinned memory of the host, because GPUs do not write to directories. How fast it is gets measured,
+        with 32 MiB, when a budget asks for it. None: nothing is spilled.
     solver
         A solver of integer programs (``"gurobi"``, ``"cpsat"``, ``"highs"``, ``"auto"``: what is there), to improve
         what the planners leave open: orders not proven to be best, and fragmentation, where the graph is small enough.
@@ -95,8 +103,10 @@ def optimize(
         If the budget cannot be read, or is not positive.
     SolverUnavailableError
         If the solver is not installed.
+    SpillError
+        If ``spill_dir`` is not a directory, not writable, or has no room for what is spilled; nothing was changed.
     """
-    options = _options(reorder, place, memory_budget, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
     program = _program(model, loss_fn, targets, optimizer)
     args, kwargs = _arguments(inputs, targets)
     step = Step(
@@ -117,6 +127,7 @@ def optimize_step(
     reorder: bool = True,
     place: bool = True,
     memory_budget: Budget | None = None,
+    spill_dir: SpillDir | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
@@ -132,7 +143,7 @@ def optimize_step(
         An example of its arguments: a tuple or list, or a dict of keyword arguments.
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
-    reorder, place, memory_budget, solver, time_limit, progress
+    reorder, place, memory_budget, spill_dir, solver, time_limit, progress
         As for :func:`optimize`.
 
     Returns
@@ -148,7 +159,7 @@ def optimize_step(
     """
     if isinstance(example_args, Tensor):
         raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
-    options = _options(reorder, place, memory_budget, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
@@ -168,6 +179,7 @@ def plan(
     reorder: bool = True,
     place: bool = True,
     memory_budget: Budget | None = None,
+    spill_dir: SpillDir | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
     progress: bool | None = None,
@@ -183,7 +195,7 @@ def plan(
     CaptureError
         If the step cannot be captured.
     """
-    options = _options(reorder, place, memory_budget, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
     step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.plan_for(*args, **kwargs)
@@ -196,21 +208,26 @@ def frontier(
     loss_fn: Callable[..., Tensor] | None = None,
     targets: Tensor | Sequence[Tensor] | None = None,
     optimizer: Optimizer | None = None,
+    spill_dir: SpillDir | None = None,
     points: int = 12,
     time_limit: float = 60.0,
     progress: bool | None = None,
 ) -> Frontier:
     """What smaller and smaller memory budgets cost in time, from the best order to the smallest peak reached.
 
-    Like :func:`plan` it allocates nothing, and times of operators are estimated. Print the result, or draw it
+    Like :func:`plan` it allocates nothing, and times of operators are estimated. With ``spill_dir`` (as for
+    :func:`optimize`) a schedule may spill instead of running operators again. Print the result, or draw it
     with :func:`olla.show.draw.draw_frontier`. Peaks are those above what lives across steps.
 
     Raises
     ------
     CaptureError
         If the step cannot be captured.
+    SpillError
+        If ``spill_dir`` is not a directory, or not writable.
     """
-    step = Step(_program(model, loss_fn, targets, optimizer), options=Options(time_limit=time_limit, progress=progress))
+    options = Options(spill_dir=spill_dir, time_limit=time_limit, progress=progress)
+    step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.frontier_for(points, *args, **kwargs)
 
@@ -241,6 +258,7 @@ def _options(
     reorder: bool,
     place: bool,
     memory_budget: Budget | None,
+    spill_dir: SpillDir | None,
     solver: str | None,
     time_limit: float,
     progress: bool | None,
@@ -249,7 +267,7 @@ def _options(
         bytes_of(memory_budget, 1)  # so that it is known to be one before anything is captured
     if solver is not None:
         require(solver)
-    return Options(reorder, place, memory_budget, solver, time_limit, progress)
+    return Options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
 
 
 def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

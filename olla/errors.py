@@ -12,6 +12,7 @@
     ├── InfeasibleError        what was asked for does not fit
     ├── OutOfMemoryError       a modelled allocator has no room for a request
     ├── SolverUnavailableError a solver is not installed, or has no licence for a model
+    ├── SpillError             there is no place to spill to
     └── ExecutionError         a planned step cannot run as it was called
 """
 
@@ -27,6 +28,7 @@ __all__ = [
     "OllaError",
     "OutOfMemoryError",
     "SolverUnavailableError",
+    "SpillError",
 ]
 
 
@@ -77,6 +79,10 @@ class InvalidModelError(OllaError):
 
 class SolverUnavailableError(OllaError):
     """A solver is not installed, or has no licence for this model; the message says what to do."""
+
+
+class SpillError(OllaError):
+    """There is no place to spill to: not a directory, not writable, or too small; the message says which."""
 
 
 class InvalidPlanError(OllaError):

@@ -25,6 +25,7 @@ from olla.run.emit import Tell, Watch, emit
 from olla.run.native import NativeUnavailableError
 from olla.run.recording import Recording
 from olla.run.runner import Runner
+from olla.run.spill import Spiller, SpillSpace
 from olla.run.stopwatch import Stopwatch
 from olla.show.progress import stage
 
@@ -40,23 +41,30 @@ _RECORDINGS_AGAIN = 2  # before its addresses are given up
 class Execution:
     """One captured and planned step, and how far it has got with its addresses.
 
-    It shares the ``arena`` with other executions of one owner, which run one after the other.
+    It shares the ``arena``, and the ``space`` to spill to, with other executions of one owner, which run one after
+    the other.
+
+    Raises
+    ------
+    SpillError
+        If what the plan spills has no room there.
     """
 
-    def __init__(self, program: Program, draft: Draft, options: Options, arena: Arena) -> None:
-        self.draft = draft
+    def __init__(self, program: Program, draft: Draft, options: Options, arena: Arena, space: SpillSpace) -> None:
         self.runner = Runner(program, draft.traced)
         self.not_executed = "" if options.place else "place=False"  # why addresses are not executed
         self.arena = arena
         self.replay: Replay | None = None
         self._optimizers = program.optimizers
         self._options = options
+        self._space = space
         self._clock = Clock()
         self._outside: list[int] = []  # sizes of what the step allocates outside of its arena
         self._warm: tuple[int, ...] | None = None
         self._reorderings = 0
         self._recordings = 0
         self._bad_steps = 0
+        self.draft, self.spiller = draft, self._spiller_of(draft)
         self.code = self._emit(self._clock.tell if options.place else None)
 
     @property
@@ -90,13 +98,15 @@ class Execution:
         replay = self.replay
         if replay is None:
             return self._record(leaves)
-        result = self.runner.run(leaves, self.code, replay)
+        with self.spiller:
+            result = self.runner.run(leaves, self.code, replay)
         self._judge(replay.counts)
         return result
 
     def run_anywhere(self, leaves: Sequence[Any]) -> Any:
         """Run the step in its order, wherever PyTorch's allocator puts it."""
-        return self.runner.run(leaves, self.code)
+        with self.spiller:
+            return self.runner.run(leaves, self.code)
 
     def _record(self, leaves: Sequence[Any]) -> Any:
         try:
@@ -109,6 +119,7 @@ class Execution:
         graph, order = self.draft.lowered.graph, self.draft.plan.order
 
         def look(position: int, value: object) -> None:
+            stopwatch.stop()
             op, tensors = order[position], tensors_of(value)
             storages = self.draft.lowered.results[self.draft.lowered.nodes[op]]
             if len(storages) != len(tensors):
@@ -119,8 +130,10 @@ class Execution:
 
         recorder = Recorder(library, self._clock)
         stopwatch = Stopwatch(self._clock.tell, self.arena.device)
-        result = self.runner.run(leaves, self._emit(stopwatch.tell, look), recorder)
+        with self.spiller:
+            result = self.runner.run(leaves, self._emit(stopwatch.tell, look), recorder)
         stopwatch.stop()
+        seen |= self.spiller.addresses
         self.draft = replace(self.draft, seconds=stopwatch.seconds(order, len(graph.ops)))
         try:
             self._learn(Recording.of(recorder.events, seen))
@@ -134,9 +147,10 @@ class Execution:
             raise ExecutionError("another allocator was installed, which is asked instead")
         reorder = self._reorderings < _REORDERINGS
         draft = with_workspaces(self.draft, recording, self._options, reorder=reorder)
-        if draft.plan.order != self.draft.plan.order:
+        spiller = self._spiller_of(draft)
+        if draft.plan.order != self.draft.plan.order or spiller.transfers != self.spiller.transfers:
             self._reorderings += 1
-            self.draft = draft
+            self.draft, self.spiller = draft, spiller
             self.code = self._emit(self._clock.tell)
             return
         draft, offsets = with_addresses(draft, recording, self._options, self.arena.alignment)
@@ -171,9 +185,15 @@ class Execution:
         self.draft = replace(self.draft, plan=self.draft.plan.at(None))
         log.warning("the step runs in its planned order, but not at planned addresses: %s", reason)
 
+    def _spiller_of(self, draft: Draft) -> Spiller:
+        plan = draft.plan
+        spiller = Spiller(draft.lowered.graph, plan.order, plan.spills, self._space, self.arena.device)
+        spiller.reserve()
+        return spiller
+
     def _emit(self, tell: Tell | None, watch: Watch | None = None) -> fx.GraphModule:
         draft = self.draft
-        return emit(draft.traced, draft.lowered, draft.plan.order, tell=tell, watch=watch)
+        return emit(draft.traced, draft.lowered, draft.plan.order, spiller=self.spiller, tell=tell, watch=watch)
 
 
 def _state_of(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:

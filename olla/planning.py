@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +19,16 @@ from olla.errors import InfeasibleError
 from olla.fit.budget import Budget, bytes_of
 from olla.fit.frontier import Frontier, frontier
 from olla.fit.recompute import recompute
+from olla.fit.spill import spill, spill_seconds
 from olla.graph.check import verify
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import eager_peak_bytes, live_intervals, memory_profile, peak_bytes
+from olla.graph.lifetimes import eager_peak_bytes, least_bytes, live_intervals, memory_profile, peak_bytes
 from olla.graph.plan import Addresses, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
 from olla.place.place import ALIGNMENT, pack, place
 from olla.run.recording import Recording
+from olla.run.spill import SpillDir, measured_bandwidth
 from olla.show.progress import stage
 
 __all__ = [
@@ -53,6 +56,7 @@ class Options:
     reorder: bool = True
     place: bool = True
     memory_budget: Budget | None = None
+    spill_dir: SpillDir | None = None
     solver: str | None = None
     time_limit: float = 60.0
     progress: bool | None = None
@@ -84,17 +88,17 @@ def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], optio
     capture_seconds = time.perf_counter() - started
     seconds = estimated_seconds(lowered)
     found = _ordered(lowered.graph, seconds, options)
-    lowered = _with_whole_gradients(lowered, found.order)
+    lowered = _with_whole_gradients(lowered, found)
     plan = Plan.of(lowered.graph, found)
     verify(lowered.graph, plan)
     return Draft(traced, lowered, plan, seconds, capture_seconds)
 
 
-def _with_whole_gradients(lowered: Lowered, order: Sequence[int]) -> Lowered:
+def _with_whole_gradients(lowered: Lowered, found: Schedule) -> Lowered:
     """Gradients of weights are computed in slices, which takes time, only where the peak would be."""
     graph = lowered.graph
-    memory, ops = memory_profile(graph, order), list(graph.ops)
-    for index, live in zip(order, memory, strict=True):
+    memory, ops = memory_profile(graph, found.order, found.spills), list(graph.ops)
+    for index, live in zip(found.order, memory, strict=True):
         node = lowered.nodes[index]
         if is_sliced(node):
             room = max(memory) - live + ops[index].workspace
@@ -116,10 +120,11 @@ def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
 def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
     """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
     plan = drafted.plan
-    graph = _measured(drafted.lowered.graph, plan.order, recording)
+    graph = _measured(drafted.lowered.graph, plan, recording)
     found = _closest(graph, drafted.seconds, options)
     if not reorder or not _is_better(graph, found, plan, drafted.seconds, options):
-        peak, extra = peak_bytes(graph, plan.order), sum(drafted.seconds[op] for op in plan.recomputed)
+        peak = peak_bytes(graph, plan.order, plan.spills)
+        extra = _extra_seconds(graph, plan, drafted.seconds, options)
         if options.memory_budget is not None and graph.persistent_bytes + peak > _budget(graph, options):
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
         found = replace(
@@ -128,6 +133,7 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
             peak_bytes=peak,
             lower_bound_bytes=min(peak, found.lower_bound_bytes),
             method=plan.method,
+            spills=plan.spills,
             extra_seconds=extra,
             extra_seconds_lower_bound=min(extra, found.extra_seconds_lower_bound),
         )
@@ -140,20 +146,29 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
 
 def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[float], options: Options) -> bool:
     """Whether another schedule is worth recording the step again."""
-    peak = peak_bytes(graph, plan.order)
+    peak = peak_bytes(graph, plan.order, plan.spills)
     if options.memory_budget is None:
         return found.peak_bytes < peak
-    extra = sum(seconds[op] for op in plan.recomputed)
+    extra = _extra_seconds(graph, plan, seconds, options)
     return graph.persistent_bytes + peak > _budget(graph, options) or found.extra_seconds < _FASTER * extra
 
 
-def _measured(graph: Graph, order: Sequence[int], recording: Recording) -> Graph:
-    """The graph with the sizes and workspaces that were recorded when it ran in ``order``."""
+def _extra_seconds(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options) -> float:
+    """What recomputing and spilling take, as far as is known now."""
+    repeated = sum(seconds[op] for op in plan.recomputed)
+    if not plan.spills or options.spill_dir is None:
+        return repeated
+    return repeated + spill_seconds(graph, plan.spills, measured_bandwidth(options.spill_dir))
+
+
+def _measured(graph: Graph, plan: Plan, recording: Recording) -> Graph:
+    """The graph with the sizes and workspaces that were recorded when it ran as planned."""
     sizes = {storage: recording.allocations[index].size for index, (_, storage) in recording.storages.items()}
     storages = tuple(replace(s, size=sizes.get(index, s.size)) for index, s in enumerate(graph.storages))
     graph = replace(graph, storages=storages, ops=tuple(replace(op, workspace=0) for op in graph.ops))
     workspaces = [0] * len(graph.ops)
-    for position, (index, live) in enumerate(zip(order, memory_profile(graph, order), strict=True)):
+    profile = memory_profile(graph, plan.order, plan.spills)
+    for position, (index, live) in enumerate(zip(plan.order, profile, strict=True)):
         workspaces[index] = max(workspaces[index], recording.peaks.get(position, 0) - live)
     return replace(graph, ops=tuple(replace(o, workspace=w) for o, w in zip(graph.ops, workspaces, strict=True)))
 
@@ -171,15 +186,16 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
             )
     placed = iter(found.offsets)
     offsets = [OUTSIDE if a.end is None else next(placed) for a in recording.allocations]
-    graph, order = drafted.lowered.graph, drafted.plan.order
+    graph, plan = drafted.lowered.graph, drafted.plan
     of_life = {life: offsets[index] for index, life in recording.storages.items()}
-    at = [of_life.get((life.start, life.storage), OUTSIDE) for life in live_intervals(graph, order)]
+    lives = live_intervals(graph, plan.order, plan.spills)
+    at = [of_life.get((life.start, life.storage), OUTSIDE) for life in lives]
     # What no op returns: a workspace, of more than one op if it is kept in between.
     workspaces = [
         Workspace(step, offset, allocation.size)
         for index, (allocation, offset) in enumerate(zip(recording.allocations, offsets, strict=True))
         if index not in recording.storages and offset != OUTSIDE
-        for step in range(max(0, allocation.position), allocation.last_position + 1)
+        for step in range(max(0, allocation.position), min(allocation.last_position + 1, len(plan.order)))
     ]
     addresses = Addresses(
         offsets=tuple(None if offset == OUTSIDE else offset for offset in at),
@@ -187,7 +203,7 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
         arena_bytes=found.arena_bytes,
         lower_bound_bytes=found.lower_bound_bytes,
     )
-    plan = drafted.plan.at(addresses)
+    plan = plan.at(addresses)
     verify(graph, plan)
     return replace(drafted, plan=plan), offsets
 
@@ -197,7 +213,20 @@ def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
     seconds = estimated_seconds(lowered)
     start = _ordered(lowered.graph, seconds, options)
     with stage(f"fitting {points} budgets", options.progress):
-        return frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
+        found = frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
+    if options.spill_dir is None:
+        return found
+    return _with_spilling(lowered.graph, start, found, points, options.spill_dir)
+
+
+def _with_spilling(graph: Graph, start: Schedule, found: Frontier, points: int, spill_dir: SpillDir) -> Frontier:
+    """The curve where spilling takes less time, and on to the smallest peak that there can be."""
+    floor, end = least_bytes(graph)[0], found.schedules[-1].peak_bytes
+    budgets = {one.peak_bytes for one in found.schedules} | {floor + (end - floor) * i // points for i in range(points)}
+    spilled = [spill(graph, start, measured_bandwidth(spill_dir), budget) for budget in budgets]
+    known = sorted([*found.schedules, *spilled], key=lambda one: one.extra_seconds)
+    best = [next(one for one in known if one.peak_bytes <= budget) for budget in sorted(budgets, reverse=True)]
+    return replace(found, schedules=tuple(dict.fromkeys(best)))
 
 
 def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
@@ -214,7 +243,7 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
     budget, persistent = _budget(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
-            return recompute(graph, found, seconds, max(0, budget - persistent), time_limit=options.time_limit)
+            return _fitted(graph, found, seconds, max(0, budget - persistent), options)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"the step does not fit into {budget:,} bytes, of which {persistent:,} live across steps: {error}; "
@@ -222,6 +251,17 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
                 lower_bound_bytes=persistent + error.lower_bound_bytes,
                 best_bytes=persistent + error.best_bytes,
             ) from error
+
+
+def _fitted(graph: Graph, start: Schedule, seconds: Sequence[float], budget_bytes: int, options: Options) -> Schedule:
+    """What recomputation finds, or what spilling does, if that is allowed and takes less time."""
+    if options.spill_dir is None or start.peak_bytes <= budget_bytes:
+        return recompute(graph, start, seconds, budget_bytes, time_limit=options.time_limit)
+    spilled = spill(graph, start, measured_bandwidth(options.spill_dir), budget_bytes)
+    with suppress(InfeasibleError):
+        recomputed = recompute(graph, start, seconds, budget_bytes, time_limit=options.time_limit)
+        return min(recomputed, spilled, key=lambda found: found.extra_seconds)
+    return spilled
 
 
 def _budget(graph: Graph, options: Options) -> int:
@@ -242,8 +282,8 @@ def _closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
 def _placed(graph: Graph, plan: Plan, options: Options) -> Plan:
     """The plan with addresses for the workspaces of the graph; a solver may find another order, too."""
     with stage("placing", options.progress):
-        plan = plan.at(place(graph, plan.order, time_limit=options.time_limit * _PLACING))
-    if options.solver is None or not options.reorder:
+        plan = plan.at(place(graph, plan.order, plan.spills, time_limit=options.time_limit * _PLACING))
+    if options.solver is None or not options.reorder or plan.spills:
         return plan
     with stage(f"ordering and placing with {options.solver}", options.progress):
         return improved_plan(graph, plan, alignment=ALIGNMENT, solver=options.solver, time_limit=options.time_limit)

@@ -23,8 +23,9 @@ from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
 from olla.measure.profile import MemoryProfile, profile
-from olla.planning import Options, capture, draft, trade, with_estimated_addresses
+from olla.planning import Draft, Options, capture, draft, trade, with_estimated_addresses
 from olla.run.arena import Arena
+from olla.run.spill import SpillSpace, require_spill_dir
 from olla.show.report import Report
 from olla.torch_private import flatten
 
@@ -50,7 +51,8 @@ class Step:
     three, find out what its operators allocate; from then on it runs at planned addresses.
 
     It holds memory between its runs, its arena, until it is closed (:meth:`close`, or ``with step:``)
-    or collected. Results never lie there: they stay valid, whatever happens to the step.
+    or collected, and so does the file that it spills to. Results never lie there: they stay valid, whatever happens
+    to the step.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Step:
         self._latest: _Planned | None = None
         self._measurement: Measurement | None = None
         self._arena = Arena(torch.device("cpu"))  # until the device is known
+        self._space = SpillSpace(options.spill_dir)
         self._running = threading.Lock()
         self._closed = False
 
@@ -91,9 +94,10 @@ class Step:
         return self._latest.execution
 
     def close(self) -> None:
-        """Give the memory of the step back. It cannot run again; what it returned stays valid."""
+        """Give the memory of the step back, and the file it spills to. It cannot run again; results stay valid."""
         self._closed = True
         self._arena.close()
+        self._space.close()
 
     def __enter__(self) -> Step:
         return self
@@ -151,6 +155,7 @@ class Step:
                 device=self._device(args, kwargs),
                 planned_bytes=execution.planned_bytes,
                 replay=execution.replay,
+                spiller=execution.spiller,
                 outside_bytes=execution.outside_bytes,
             )
         return self._measurement
@@ -200,7 +205,7 @@ class Step:
 
     def plan_for(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, made without allocating or preparing anything to run."""
-        drafted = draft(self._program, args, kwargs, self._options)
+        drafted = self._draft(args, kwargs)
         return (with_estimated_addresses(drafted, self._options) if self._options.place else drafted).plan
 
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph:
@@ -209,6 +214,7 @@ class Step:
 
     def frontier_for(self, points: int, *args: Any, **kwargs: Any) -> Frontier:
         """What smaller and smaller budgets cost for these arguments."""
+        self._require_spill_dir(args, kwargs)
         _, lowered = capture(self._program, args, kwargs, self._options)
         return trade(lowered, points, self._options)
 
@@ -216,7 +222,8 @@ class Step:
         """What was planned and, after :meth:`measure`, what was measured; print it."""
         execution = self._current
         counts = execution.replay.counts if execution.replay else None
-        return Report(self.plan, self._measurement, execution.not_executed, counts)
+        spilled = sum(transfer.size for transfer in execution.spiller.transfers)
+        return Report(self.plan, self._measurement, execution.not_executed, spilled, counts)
 
     def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
         latest = self._latest
@@ -229,15 +236,23 @@ class Step:
             if self._latest is not None:
                 self._require_same_devices(signature)
                 log.warning("planning again for %s", signature.difference(self._latest.signature))
-            drafted = draft(self._program, args, kwargs, self._options)
+            drafted = self._draft(args, kwargs)
             signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
             if self._latest is None:
                 self._arena = Arena(self._device(args, kwargs))
-            execution = Execution(self._program, drafted, self._options, self._arena)
+            execution = Execution(self._program, drafted, self._options, self._arena, self._space)
             found = _Planned(signature, execution)
             self._planned.setdefault(signature, []).append(found)
         self._latest = found
         return found.execution
+
+    def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draft:
+        self._require_spill_dir(args, kwargs)
+        return draft(self._program, args, kwargs, self._options)
+
+    def _require_spill_dir(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._options.spill_dir is not None:
+            require_spill_dir(self._options.spill_dir, self._device(args, kwargs))
 
     def _require_same_devices(self, signature: Signature) -> None:
         assert self._latest is not None

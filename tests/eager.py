@@ -6,6 +6,7 @@ import copy
 import unittest
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class EagerTestCase(unittest.TestCase):
         make_optimizer: Callable[[Any], Optimizer] = sgd,
         steps: int = STEPS,
         memory_budget: float | str | None = None,
+        spill_dir: Path | None = None,
     ) -> olla.Step:
         """Train a copy with OLLA and a copy as users do it; ``inputs`` makes a new batch at each call."""
         model.train()
@@ -112,6 +114,7 @@ class EagerTestCase(unittest.TestCase):
             targets=first[1].get("targets") if targets else None,
             optimizer=planned.optimizer,
             memory_budget=memory_budget,
+            spill_dir=spill_dir,
         )
 
         def eager_step(*args: Any, targets: Any = None, **kwargs: Any) -> Tensor:

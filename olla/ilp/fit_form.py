@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from olla.errors import InfeasibleError, InvalidGraphError
 from olla.fit.recompute import recompute
+from olla.fit.spill import belady
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import Spill, least_bytes, peak_bytes
 from olla.graph.plan import Schedule, extra_runs
@@ -193,9 +194,9 @@ def warm_start(
     if repeats:
         with suppress(InfeasibleError):
             found.append(recompute(graph, known, seconds, budget_bytes, time_limit=time_limit))
-    if bytes_per_second is not None and (spills := _spilled(graph, known.order, budget_bytes)) is not None:
+    if bytes_per_second is not None and (spills := belady(graph, known.order, budget_bytes)) is not None:
         peak = peak_bytes(graph, known.order, spills)
-        found.append(replace(known, peak_bytes=peak, spills=tuple(spills)))
+        found.append(replace(known, peak_bytes=peak, spills=spills))
     fitting = [one for one in found if len(extra_runs(one.order)) <= repeats]
     return min(fitting, key=lambda one: costs.added(graph, one.order, one.spills), default=known)
 
@@ -212,34 +213,6 @@ def _minimize_time(program: SequenceProgram, costs: _Costs) -> int:
         np.concatenate([of_ops[ops], of_spills[program.storage[contents]]]) // unit,
     )
     return unit
-
-
-def _spilled(graph: Graph, order: Sequence[int], budget_bytes: int) -> list[Spill] | None:
-    """Spill what is used last of all whenever there is no room (Belady's rule); None: that does not do."""
-    uses: dict[int, list[int]] = {}
-    for step, op in enumerate(order):
-        for storage in graph.ops[op].touches:
-            if not graph.storages[storage].persistent:
-                uses.setdefault(storage, []).append(step)
-    for storage in graph.outputs:
-        if storage in uses:
-            uses[storage].append(len(order))  # in the end
-    spills: list[Spill] = []
-    here: set[int] = set()
-    for step, workspace in enumerate([*(graph.ops[op].workspace for op in order), 0]):
-        here = {storage for storage in here if uses[storage][-1] >= step}
-        needed = {storage for storage, steps in uses.items() if step in steps}
-        for storage in needed - here:
-            before = [use for use in uses[storage] if use < step]
-            if before:
-                spills.append(Spill(storage, before[-1] + 1, step))
-        here |= needed
-        idle = sorted(here - needed, key=lambda storage: next(use for use in uses[storage] if use > step))
-        while sum(graph.storages[storage].size for storage in here) + workspace > budget_bytes:
-            if not idle:
-                return None
-            here.remove(idle.pop())
-    return spills
 
 
 def _decoded(

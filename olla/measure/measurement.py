@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from olla.run.arena import Counts, Replay
+from olla.run.spill import Spiller
 from olla.torch_private import cpu_allocations
 
 __all__ = ["Measurement", "measure"]
@@ -33,6 +34,8 @@ class Measurement:
     step_seconds: float  # median
     baseline_step_seconds: float  # median
     time_ratio: float  # median over pairs of steps, planned / eager
+    spilled_bytes: int = 0  # that one step sends away, and fetches again
+    spill_seconds: float = 0.0  # that these copies take, both ways; median
     arena: Counts | None = None  # how the allocations of the last planned step were answered; None: without an arena
 
     @property
@@ -53,13 +56,14 @@ def measure(
     device: torch.device,
     planned_bytes: int,
     replay: Replay | None = None,
+    spiller: Spiller | None = None,
     outside_bytes: int = 0,
     pairs: int = 9,
 ) -> Measurement:
     """Run both steps, first for memory, then in turn for time.
 
     ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change. If
-    ``planned`` is a ``replay`` in an arena, it allocates ``outside_bytes`` beside it.
+    ``planned`` is a ``replay`` in an arena, it allocates ``outside_bytes`` beside it. Its ``spiller`` is asked, too.
     """
     peak_of = _cuda_peak if device.type == "cuda" else _cpu_peak
     for call in (eager, planned):
@@ -70,10 +74,11 @@ def measure(
         if device.type == "cuda":  # the arena is one block of the caching allocator, and was there before
             peak += replay.arena.arena_bytes
         reserved = replay.arena.arena_bytes + outside_bytes
-    ratios, planned_seconds, eager_seconds = [], [], []
+    ratios, planned_seconds, eager_seconds, spill_seconds = [], [], [], []
     for _ in range(pairs):
         eager_seconds.append(_seconds(eager, device))
         planned_seconds.append(_seconds(planned, device))
+        spill_seconds.append(spiller.seconds if spiller else 0.0)
         ratios.append(planned_seconds[-1] / eager_seconds[-1])
     return Measurement(
         device=str(device),
@@ -85,6 +90,8 @@ def measure(
         step_seconds=statistics.median(planned_seconds),
         baseline_step_seconds=statistics.median(eager_seconds),
         time_ratio=statistics.median(ratios),
+        spilled_bytes=spiller.spilled_bytes if spiller else 0,
+        spill_seconds=statistics.median(spill_seconds),
         arena=replay.counts if replay else None,
     )
 

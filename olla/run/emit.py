@@ -15,6 +15,7 @@ from olla.capture.trace import Trace
 from olla.capture.updates import UPDATE, Update
 from olla.graph.plan import extra_runs
 from olla.run.random import random_state, replay
+from olla.run.spill import Spiller
 from olla.torch_private import OpOverload
 
 __all__ = ["Tell", "Watch", "emit"]
@@ -25,24 +26,40 @@ Watch = Callable[[int, object], None]
 
 
 def emit(
-    traced: Trace, lowered: Lowered, order: Sequence[int], *, tell: Tell | None = None, watch: Watch | None = None
+    traced: Trace,
+    lowered: Lowered,
+    order: Sequence[int],
+    *,
+    spiller: Spiller | None = None,
+    tell: Tell | None = None,
+    watch: Watch | None = None,
 ) -> fx.GraphModule:
     """The step of ``traced``, its ops in ``order``; ``.code`` of the result is what runs.
 
     An op that stands in ``order`` again runs again: readers take the latest result, running statistics are left
     alone, and the same random numbers are drawn.
     Views are taken right before they are needed. The parts of a result are taken right after the
-    call, so that the tuple does not keep them all alive. ``tell`` is called with the position in the
-    order before each op, ``watch`` after it, with the position and what the op returned.
+    call, so that the tuple does not keep them all alive. ``spiller`` is told when storages leave and come back.
+    ``tell`` is called with the position in the order before each op, and once more if storages have moved there
+    in between; ``watch`` after it, with the position and what the op returned.
     """
-    return _Emitter(traced, lowered, tell, watch).emit(order)
+    return _Emitter(traced, lowered, spiller, tell, watch).emit(order)
 
 
 class _Emitter:
-    def __init__(self, traced: Trace, lowered: Lowered, tell: Tell | None, watch: Watch | None) -> None:
+    def __init__(
+        self, traced: Trace, lowered: Lowered, spiller: Spiller | None, tell: Tell | None, watch: Watch | None
+    ) -> None:
         self._traced = traced
         self._lowered = lowered
-        self._hooks = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
+        self._moves: dict[tuple[str, int], list[int]] = {}  # hook and position -> what moves there
+        self._hooks: dict[str, object] = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
+        self._transfers = spiller.transfers if spiller else ()
+        for number, t in enumerate(self._transfers):
+            moments = {"store": t.stored, "drop": t.dropped, "fetch": t.fetched, "ready": t.used}
+            self._hooks |= {hook: getattr(spiller, hook) for hook in moments}
+            for move in moments.items():
+                self._moves.setdefault(move, []).append(number)
         self._graph = fx.Graph()
         self._emitted: dict[fx.Node, fx.Node] = {}
         self._updates: dict[str, Update] = {}
@@ -56,7 +73,10 @@ class _Emitter:
                 self._copy(node)
         self._repeated = {*extra_runs(order)}
         for position, index in enumerate(order):
+            self._move(position)
             self._emit_op(position, index)
+            self._store(position)
+        self._move(len(order))
         output = module.graph.output_node()
         self._require(output.all_input_nodes)
         self._copy(output)
@@ -83,6 +103,29 @@ class _Emitter:
         for part in node.users:
             if part.target is operator.getitem and part.users:
                 self._copy(part)
+
+    def _move(self, position: int) -> None:
+        """What leaves and comes back between the op before ``position`` and the one there."""
+        for hook in ("drop", "fetch", "ready"):
+            numbers = self._moves.get((hook, position), ())
+            if hook == "fetch" and numbers:
+                self._call("op", position)  # it is the one that has what is allocated now
+            for number in numbers:
+                self._call(hook, number)
+
+    def _store(self, position: int) -> None:
+        """What may be copied out after the op at ``position``."""
+        for number in self._moves.get(("store", position), ()):
+            self._call("store", number, *self._tensor_on(self._transfers[number].storage))
+
+    def _tensor_on(self, storage: int) -> tuple[fx.Node, int]:
+        """Where the op that made it has returned ``storage``: the name, and the index of the tensor in its value."""
+        ops = zip(self._lowered.nodes, self._lowered.graph.ops, strict=True)
+        maker = next(node for node, op in ops if storage in op.creates)
+        for part in maker.users:  # the tuple itself is not kept
+            if part in self._emitted and self._lowered.views.get(part) == {storage}:
+                return self._emitted[part], 0
+        return self._emitted[maker], self._lowered.results[maker].index(storage)
 
     def _emit_again(self, index: int) -> None:
         node, op = self._lowered.nodes[index], self._lowered.graph.ops[index]

@@ -18,6 +18,7 @@ class Report:
     plan: Plan
     measurement: Measurement | None
     not_executed: str = ""  # why addresses are not executed
+    spilled_bytes: int = 0  # that the plan sends away, and fetches again
     counts: Counts | None = None  # how the allocations of the last step were answered
 
     def __str__(self) -> str:
@@ -29,7 +30,7 @@ class Report:
             f"proof       {plan.status}: at most {plan.gap:.2%} above {bound}, which no order can beat",
             f"persistent  {format_bytes(plan.persistent_bytes)} (parameters, buffers, optimizer state, inputs)",
             f"addresses   {self._addresses}",
-            *self._recomputed,
+            *self._traded,
             "",
             _row("peak above it", "eager", "planned", "saved"),
             _row(
@@ -57,6 +58,8 @@ class Report:
                 f"{measured.time_ratio:.2f} x",
             )
         )
+        if measured.spilled_bytes:
+            lines.append(f"spilled, measured   {format_bytes(measured.spilled_bytes)}, {measured.spill_seconds:.4f} s")
         if measured.exact:
             lines.append("the measured peak is the planned one, to the byte")
         elif measured.peak_bytes:
@@ -65,11 +68,17 @@ class Report:
         return "\n".join(lines)
 
     @property
-    def _recomputed(self) -> list[str]:
-        plan = self.plan
-        if not plan.recomputed:
-            return []
-        return [f"recomputed  {len(plan.recomputed):,} ops again, {plan.extra_seconds:.4f} s more (no bound is proven)"]
+    def _traded(self) -> list[str]:
+        """What the budget costs."""
+        plan, lines = self.plan, []
+        if plan.recomputed:
+            lines.append(f"recomputed  {len(plan.recomputed):,} ops again")
+        if plan.spills:
+            moved = format_bytes(self.spilled_bytes)
+            lines.append(f"spilled     {len(plan.spills):,} storages, {moved} away and back")
+        if lines:
+            lines.append(f"extra time  {plan.extra_seconds:.4f} s expected (no bound is proven)")
+        return lines
 
     @property
     def _addresses(self) -> str:

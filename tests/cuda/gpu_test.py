@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import unittest
+from unittest import mock
 
 import torch
 from torch import nn
@@ -86,6 +87,32 @@ class GpuTest(unittest.TestCase):
         for result in found:
             self.assertTrue(torch.equal(result, expected))
         self.assertEqual(net._current.replay.counts.missed, 0)
+
+    def test_a_step_that_spills_to_the_host_equals_eager_within_its_budget(self) -> None:
+        eager = copy.deepcopy(self.model)
+        optimizer, own = (torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in (eager, self.model))
+        free = olla.plan(self.model, self.x, loss_fn=F.cross_entropy, targets=self.y, optimizer=own, place=False)
+        budget = free.persistent_bytes + free.peak_bytes * 9 // 10
+        nothing = olla.InfeasibleError("nothing is recomputed", 0, 0)
+        with mock.patch("olla.planning.recompute", side_effect=nothing):
+            step = olla.optimize(
+                self.model, self.x, loss_fn=F.cross_entropy, targets=self.y, optimizer=own,
+                memory_budget=budget, spill_dir="host",
+            )  # fmt: skip
+            self.addCleanup(step.close)
+            for number in range(8):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(eager(self.x), self.y)
+                loss.backward()
+                optimizer.step()
+                self.assertTrue(torch.equal(step(self.x, targets=self.y), loss), f"loss of step {number}")
+                for (name, a), b in zip(self.model.state_dict().items(), eager.state_dict().values(), strict=True):
+                    self.assertTrue(torch.equal(a, b), f"{name} after step {number}")
+            measured = step.measure(self.x, targets=self.y)
+        self.assertGreater(measured.spilled_bytes, 0)
+        self.assertGreater(measured.spill_seconds, 0)
+        self.assertTrue(measured.exact, (measured.peak_bytes, measured.planned_bytes))
+        self.assertEqual(measured.arena.missed, 0)
 
     def test_the_arena_is_given_back(self) -> None:
         step = self.settled()
