@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +16,12 @@ from olla.capture.rewrite import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
 from olla.errors import InfeasibleError
 from olla.fit.budget import Budget, bytes_of
+from olla.fit.fitting import fitted
 from olla.fit.frontier import Frontier, frontier
-from olla.fit.recompute import recompute
-from olla.fit.spill import spill, spill_seconds
+from olla.fit.spill import Bandwidth, spill_seconds
 from olla.graph.check import verify
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import eager_peak_bytes, least_bytes, live_intervals, memory_profile, peak_bytes
+from olla.graph.lifetimes import eager_peak_bytes, live_intervals, memory_profile, peak_bytes
 from olla.graph.plan import Addresses, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
@@ -45,6 +44,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _PLACING = 1 / 2  # of the time limit; nearly always, a moment is enough
+_FITTING = 1 / 3  # of the time limit
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
@@ -213,20 +213,14 @@ def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
     seconds = estimated_seconds(lowered)
     start = _ordered(lowered.graph, seconds, options)
     with stage(f"fitting {points} budgets", options.progress):
-        found = frontier(lowered.graph, start, seconds, points=points, time_limit=options.time_limit)
-    if options.spill_dir is None:
-        return found
-    return _with_spilling(lowered.graph, start, found, points, options.spill_dir)
-
-
-def _with_spilling(graph: Graph, start: Schedule, found: Frontier, points: int, spill_dir: SpillDir) -> Frontier:
-    """The curve where spilling takes less time, and on to the smallest peak that there can be."""
-    floor, end = least_bytes(graph)[0], found.schedules[-1].peak_bytes
-    budgets = {one.peak_bytes for one in found.schedules} | {floor + (end - floor) * i // points for i in range(points)}
-    spilled = [spill(graph, start, measured_bandwidth(spill_dir), budget) for budget in budgets]
-    known = sorted([*found.schedules, *spilled], key=lambda one: one.extra_seconds)
-    best = [next(one for one in known if one.peak_bytes <= budget) for budget in sorted(budgets, reverse=True)]
-    return replace(found, schedules=tuple(dict.fromkeys(best)))
+        return frontier(
+            lowered.graph,
+            start,
+            seconds,
+            bandwidth=_bandwidth(options),
+            points=points,
+            time_limit=options.time_limit,
+        )
 
 
 def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
@@ -243,7 +237,8 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
     budget, persistent = _budget(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
-            return _fitted(graph, found, seconds, max(0, budget - persistent), options)
+            limit, bandwidth = options.time_limit * _FITTING, _bandwidth(options)
+            return fitted(graph, found, seconds, max(0, budget - persistent), bandwidth=bandwidth, time_limit=limit)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"the step does not fit into {budget:,} bytes, of which {persistent:,} live across steps: {error}; "
@@ -253,15 +248,8 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
             ) from error
 
 
-def _fitted(graph: Graph, start: Schedule, seconds: Sequence[float], budget_bytes: int, options: Options) -> Schedule:
-    """What recomputation finds, or what spilling does, if that is allowed and takes less time."""
-    if options.spill_dir is None or start.peak_bytes <= budget_bytes:
-        return recompute(graph, start, seconds, budget_bytes, time_limit=options.time_limit)
-    spilled = spill(graph, start, measured_bandwidth(options.spill_dir), budget_bytes)
-    with suppress(InfeasibleError):
-        recomputed = recompute(graph, start, seconds, budget_bytes, time_limit=options.time_limit)
-        return min(recomputed, spilled, key=lambda found: found.extra_seconds)
-    return spilled
+def _bandwidth(options: Options) -> Bandwidth | None:
+    return None if options.spill_dir is None else measured_bandwidth(options.spill_dir)
 
 
 def _budget(graph: Graph, options: Options) -> int:

@@ -11,6 +11,7 @@ import resource
 import tempfile
 import unittest
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 import olla
 from olla import Graph, InfeasibleError, Plan, Schedule, SpillError, planning
-from olla.fit.spill import Bandwidth, belady, spill, spill_seconds
+from olla.fit.spill import Bandwidth, belady
 from olla.graph.check import check
 from olla.graph.lifetimes import Spill, least_bytes, live_intervals, peak_bytes
 from olla.run.spill import Spiller, SpillSpace, measured_bandwidth, require_spill_dir
@@ -148,9 +149,9 @@ class Waiting(nn.Module):
         return self.down(self.middle(self.up(waiting))) + waiting
 
 
-def nothing(*arguments: Any, **options: Any) -> Schedule:
-    """Instead of recomputation."""
-    raise InfeasibleError("nothing is recomputed", 0, 0)
+def spilling_is_free() -> Any:
+    """Whoever plans meanwhile prefers it to recomputation."""
+    return mock.patch.object(planning, "measured_bandwidth", return_value=FREE)
 
 
 class InFolder(EagerTestCase):
@@ -177,7 +178,7 @@ class InFolder(EagerTestCase):
         x = torch.randn(256, 64)
         free = olla.plan(model, x, place=False, **arguments)
         budget = free.persistent_bytes + int(share * free.peak_bytes)
-        patch = mock.patch.object(planning, "recompute", nothing)
+        patch = spilling_is_free()
         patch.start()
         self.addCleanup(patch.stop)
         step = olla.optimize(model, x, memory_budget=budget, spill_dir=self.folder, **arguments)
@@ -291,7 +292,7 @@ class SpillTest(InFolder):
         model = deep()
         free = olla.plan(model, torch.randn(512, 64), optimizer=sgd(model.parameters()), place=False)
         budget = free.persistent_bytes + free.peak_bytes * 2 // 3
-        with mock.patch.object(planning, "measured_bandwidth", return_value=FREE):
+        with spilling_is_free():
             step = self.assert_training_same(
                 model, lambda: torch.randn(512, 64), memory_budget=budget, spill_dir=self.folder, steps=6
             )
@@ -336,7 +337,7 @@ class SpillTest(InFolder):
         model, x = deep(), torch.randn(256, 64)
         arguments: dict[str, Any] = {"optimizer": sgd(model.parameters()), "points": 5}
         plain = olla.frontier(model, x, **arguments).schedules
-        with mock.patch.object(planning, "measured_bandwidth", return_value=FREE):
+        with spilling_is_free():
             free = olla.frontier(model, x, spill_dir=self.folder, **arguments).schedules
         with mock.patch.object(planning, "measured_bandwidth", return_value=DEAR):
             dear = olla.frontier(model, x, spill_dir=self.folder, **arguments).schedules
@@ -346,7 +347,7 @@ class SpillTest(InFolder):
                 self.assertLess(next_one.peak_bytes, one.peak_bytes)
                 self.assertGreaterEqual(next_one.extra_seconds, one.extra_seconds)
         self.assertTrue(all(one.spills for one in free[1:]))
-        self.assertEqual([one.spills for one in dear[: len(plain)]], [()] * len(plain))
+        self.assertEqual([one.spills for one in dear if one.peak_bytes >= plain[-1].peak_bytes * 1.1][-1], ())
 
     def test_results_may_come_back_after_the_last_step(self) -> None:
         def early(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -455,12 +456,12 @@ class SpillTest(InFolder):
 
 
 class SpillDirTest(InFolder):
-    def refused(self, message: str, **options: Any) -> None:
+    def refused(self, message: str, *, measuring: bool = False, **options: Any) -> None:
         """Nothing is planned, and nothing changed."""
         model = deep()
         optimizer = sgd(model.parameters())
         before = copy.deepcopy(model.state_dict())
-        with mock.patch.object(planning, "recompute", nothing), self.assertRaisesRegex(SpillError, message):
+        with nullcontext() if measuring else spilling_is_free(), self.assertRaisesRegex(SpillError, message):
             olla.optimize(model, torch.randn(256, 64), optimizer=optimizer, memory_budget=0.6, **options)
         self.assert_same(dict(model.state_dict()), dict(before), "the model")
         self.assertEqual(len(optimizer.state), 0)
@@ -508,7 +509,7 @@ class SpillDirTest(InFolder):
     def test_no_room_to_measure_the_bandwidth(self) -> None:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with mock.patch("os.posix_fallocate", side_effect=full):
-            self.refused("spilling needs 33,554,432 bytes", spill_dir=self.folder)
+            self.refused("spilling needs 33,554,432 bytes", measuring=True, spill_dir=self.folder)
 
     def test_the_bandwidth_is_measured_once(self) -> None:
         found = measured_bandwidth(self.folder)
@@ -548,17 +549,16 @@ class BeladyTest(unittest.TestCase):
     @given(graphs(), st.randoms())
     def test_every_budget_that_can_be_kept_is_kept(self, graph: Graph, draw: random.Random) -> None:
         order = tuple(range(len(graph.ops)))
-        start = Schedule(order, peak_bytes(graph, order), 0, "by hand", 0.0)
-        floor, _ = least_bytes(graph)
-        with self.assertRaisesRegex(InfeasibleError, "nothing fits into"):
-            spill(graph, start, FREE, floor - 1)
-        for budget in {floor, draw.randint(floor, max(floor, start.peak_bytes)), start.peak_bytes}:
-            found = spill(graph, start, DEAR, budget)
+        peak, (floor, _) = peak_bytes(graph, order), least_bytes(graph)
+        self.assertIsNone(belady(graph, order, floor - 1))
+        for budget in {floor, draw.randint(floor, max(floor, peak)), peak}:
+            spills = belady(graph, order, budget)
+            assert spills is not None
+            found = Schedule(order, peak_bytes(graph, order, spills), 0, "by hand", 0.0, spills)
             self.assertEqual(check(graph, Plan.of(graph, found)), ())
             self.assertLessEqual(found.peak_bytes, budget)
-            self.assertEqual(found.extra_seconds, spill_seconds(graph, found.spills, DEAR))
-            for one in found.spills:
-                others = [other for other in found.spills if other != one]
+            for one in spills:
+                others = [other for other in spills if other != one]
                 self.assertGreater(peak_bytes(graph, order, others), budget)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from olla.errors import InfeasibleError
-from olla.fit.recompute import Recomputation
+from olla.fit.fitting import Fitting
+from olla.fit.spill import Bandwidth
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import eager_peak_bytes
 from olla.graph.plan import Schedule, extra_runs
@@ -18,36 +19,44 @@ __all__ = ["Frontier", "frontier"]
 class Frontier:
     """Schedules within smaller and smaller budgets, and what they are compared with. Print it."""
 
-    schedules: tuple[Schedule, ...]  # the first one recomputes nothing, the last one has the smallest peak found
+    schedules: tuple[
+        Schedule, ...
+    ]  # the first one has no repeats and spills nothing, the last one has the smallest peak found
     baseline_peak_bytes: int  # of eager PyTorch
     seconds: float  # of all ops, run once
 
     def __str__(self) -> str:
         """A table of plain text."""
-        lines = [f"{'peak, bytes':>16}{'of eager':>10}{'more time':>11}{'ops again':>11}"]
+        lines = [f"{'peak, bytes':>16}{'of eager':>10}{'more time':>11}{'at least':>10}{'ops again':>11}{'spilled':>9}"]
         for found in self.schedules:
             share = found.peak_bytes / (self.baseline_peak_bytes or 1)
-            extra = found.extra_seconds / (self.seconds or 1)
-            again = len(extra_runs(found.order))
-            lines.append(f"{found.peak_bytes:>16,}{share:>10.1%}{extra:>11.1%}{again:>11,}")
+            more, least = (s / (self.seconds or 1) for s in (found.extra_seconds, found.extra_seconds_lower_bound))
+            again, spilled = len(extra_runs(found.order)), len(found.spills)
+            lines.append(f"{found.peak_bytes:>16,}{share:>10.1%}{more:>11.1%}{least:>10.1%}{again:>11,}{spilled:>9,}")
         return "\n".join(lines)
 
 
 def frontier(
-    graph: Graph, start: Schedule, seconds: Sequence[float], *, points: int = 12, time_limit: float = 60.0
+    graph: Graph,
+    start: Schedule,
+    seconds: Sequence[float],
+    *,
+    bandwidth: Bandwidth | None = None,
+    points: int = 12,
+    time_limit: float = 60.0,
 ) -> Frontier:
-    """The curve from ``start``, which recomputes nothing, to the smallest peak that recomputation reaches.
+    """The curve from ``start`` to the smallest peak that can be reached.
 
     Parameters
     ----------
-    graph, start, seconds
-        As for :func:`olla.fit.recompute.recompute`.
+    graph, start, seconds, bandwidth
+        As for :func:`olla.fit.fitting.fitted`.
     points
         How many budgets are looked at.
     time_limit
         Seconds for all of them.
     """
-    work = Recomputation(graph, start, seconds)
+    work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / points
     try:
         least = work.within(0, time_limit=limit).peak_bytes

@@ -35,6 +35,7 @@ __all__ = [
     "program_of",
     "simulated",
     "spilled",
+    "with_loads",
 ]
 
 Booleans = npt.NDArray[np.bool_]
@@ -170,6 +171,25 @@ def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
         live += change[step]
         change[step] = live + program.workspace[whole[step]]
     return True, change[: len(whole)]
+
+
+def with_loads(program: Program, order: Sequence[int], spills: Sequence[Spill]) -> Integers:
+    """An order as a sequence in which what is spilled comes back by loads; :func:`spilled` is the way back."""
+    back: dict[int, list[int]] = {}
+    for spill in spills:
+        back.setdefault(spill.end, []).append(spill.storage)
+    version = np.zeros(len(program.sizes), np.int64)
+    sequence = []
+    for position, op in enumerate([*order, -1]):
+        for storage in back.get(position, ()):
+            sequence.append(program.loads + int(program.maker_start[storage] + version[storage]) - 1)
+        if op < 0:
+            break
+        touches = slice(program.start[op], program.start[op + 1])
+        for storage, kind in zip(program.storage[touches], program.kind[touches], strict=True):
+            version[storage] = 1 if kind == CREATES else version[storage] + (kind != READS)
+        sequence.append(op)
+    return as_sequence(program, sequence)
 
 
 def spilled(program: Program, whole: Integers) -> tuple[tuple[int, ...], tuple[Spill, ...]]:

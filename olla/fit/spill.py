@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import heapq
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from olla.errors import InfeasibleError
 from olla.graph.graph import Graph
-from olla.graph.lifetimes import Spill, least_bytes, memory_profile, peak_bytes
-from olla.graph.plan import Schedule
+from olla.graph.lifetimes import Spill, least_bytes, memory_profile
 
-__all__ = ["Bandwidth", "belady", "spill", "spill_seconds"]
+__all__ = ["Bandwidth", "belady", "spill_seconds"]
 
 
 class Bandwidth(NamedTuple):
@@ -23,37 +19,6 @@ class Bandwidth(NamedTuple):
 
     write: float  # away from the device
     read: float  # and back
-
-
-def spill(graph: Graph, start: Schedule, bandwidth: Bandwidth, budget_bytes: int) -> Schedule:
-    """The order of ``start``, in which ops may repeat, with spills that keep its peak within ``budget_bytes``.
-
-    Persistent storages are no part of the budget, and stay. No bound of ``extra_seconds`` is proven (0).
-
-    Raises
-    ------
-    InfeasibleError
-        If nothing fits, because one op alone needs more; ``best_bytes`` is what that op needs, and can be reached.
-    """
-    started = time.perf_counter()
-    spills = belady(graph, start.order, budget_bytes)
-    floor, pinned = least_bytes(graph)
-    if spills is None:
-        message = f"nothing fits into {budget_bytes:,} bytes: {pinned} alone needs {floor:,} bytes"
-        raise InfeasibleError(message, lower_bound_bytes=floor, best_bytes=floor)
-    if not spills:
-        return start
-    peak = peak_bytes(graph, start.order, spills)
-    return replace(
-        start,
-        peak_bytes=peak,
-        lower_bound_bytes=min(peak, floor),
-        method="spilling",
-        seconds=start.seconds + time.perf_counter() - started,
-        spills=spills,
-        extra_seconds=start.extra_seconds + spill_seconds(graph, spills, bandwidth),
-        extra_seconds_lower_bound=0.0,
-    )
 
 
 def spill_seconds(graph: Graph, spills: Sequence[Spill], bandwidth: Bandwidth) -> float:

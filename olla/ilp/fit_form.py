@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from olla.errors import InfeasibleError, InvalidGraphError
-from olla.fit.recompute import recompute
-from olla.fit.spill import belady
+from olla.fit.fitting import fitted
+from olla.fit.spill import Bandwidth, belady
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import Spill, least_bytes, peak_bytes
 from olla.graph.plan import Schedule, extra_runs
@@ -188,12 +188,13 @@ def warm_start(
     *,
     time_limit: float,
 ) -> Schedule:
-    """The better one of what the planner recomputes and what Belady's rule spills; ``known``, if neither fits."""
+    """The better one of what the planner finds and what Belady's rule spills; ``known``, if neither fits."""
     costs = _Costs.of(graph, seconds, bytes_per_second)
     found = []
+    bandwidth = None if bytes_per_second is None else Bandwidth(bytes_per_second, bytes_per_second)
     if repeats:
         with suppress(InfeasibleError):
-            found.append(recompute(graph, known, seconds, budget_bytes, time_limit=time_limit))
+            found.append(fitted(graph, known, seconds, budget_bytes, bandwidth=bandwidth, time_limit=time_limit))
     if bytes_per_second is not None and (spills := belady(graph, known.order, budget_bytes)) is not None:
         peak = peak_bytes(graph, known.order, spills)
         found.append(replace(known, peak_bytes=peak, spills=spills))

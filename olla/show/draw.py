@@ -60,7 +60,9 @@ def draw_frontier(frontier: Frontier, path: str | Path) -> None:
     peaks = [found.peak_bytes / 2**20 for found in frontier.schedules]
     total = frontier.seconds or 1.0
     extra = [found.extra_seconds / total * 100 for found in frontier.schedules]
+    least = [found.extra_seconds_lower_bound / total * 100 for found in frontier.schedules]
     axes.plot(extra, peaks, marker="o", label="planned")
+    axes.plot(least, peaks, color="0.6", linestyle="dotted", label="lower bound of the time")
     axes.axhline(frontier.baseline_peak_bytes / 2**20, color="C1", linewidth=1, label="eager")
     axes.set(xlabel="more time, % of a step", ylabel="peak, MiB", ylim=0)
     axes.legend(frameon=False)

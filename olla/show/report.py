@@ -77,7 +77,9 @@ class Report:
             moved = format_bytes(self.spilled_bytes)
             lines.append(f"spilled     {len(plan.spills):,} storages, {moved} away and back")
         if lines:
-            lines.append(f"extra time  {plan.extra_seconds:.4f} s expected (no bound is proven)")
+            lines.append(
+                f"extra time  {plan.extra_seconds:.4f} s expected, {plan.extra_seconds_lower_bound:.4f} s at least"
+            )
         return lines
 
     @property

@@ -12,8 +12,9 @@ from ilp_test import random_graph
 
 import olla
 from olla import Graph, InfeasibleError, Op, Plan, Storage
+from olla.fit.fitting import Fitting, fitted
 from olla.fit.frontier import frontier
-from olla.fit.recompute import Recomputation, recompute
+from olla.fit.spill import Bandwidth
 from olla.graph.check import verify
 from olla.ilp import fit
 from olla.solve import available
@@ -45,12 +46,12 @@ def training(layers: int, *, in_place: bool = False, drops: bool = False) -> Gra
     return Graph(tuple(ops), tuple(storages))
 
 
-class RecomputeTest(unittest.TestCase):
+class FittingTest(unittest.TestCase):
     def test_training_of_a_chain_fits_into_every_budget_down_to_the_smallest(self) -> None:
         for options in ({}, {"in_place": True}, {"drops": True}, {"in_place": True, "drops": True}):
             graph = training(12, **options)
             start, seconds = olla.schedule(graph), [1.0] * len(graph.ops)
-            work = Recomputation(graph, start, seconds)
+            work = Fitting(graph, start, seconds)
             with self.assertRaises(InfeasibleError) as caught:
                 work.within(0)
             least = caught.exception.best_bytes
@@ -74,17 +75,17 @@ class RecomputeTest(unittest.TestCase):
 
     def test_what_fits_is_left_alone(self) -> None:
         start = olla.schedule(diamond())
-        self.assertIs(recompute(diamond(), start, [1.0] * 6, start.peak_bytes), start)
+        self.assertIs(fitted(diamond(), start, [1.0] * 6, start.peak_bytes), start)
 
     def test_a_chain_is_recomputed_as_the_integer_program_does(self) -> None:
-        found = recompute(chain(), olla.schedule(chain()), [1.0] * 8, 16)
+        found = fitted(chain(), olla.schedule(chain()), [1.0] * 8, 16)
         self.assertEqual((found.peak_bytes, found.extra_seconds), (16, 1.0))
 
     def test_the_same_graph_gives_the_same_sequence(self) -> None:
         graph = training(20)
         start = olla.schedule(graph)
         budget = start.peak_bytes * 2 // 3
-        first, second = (recompute(graph, start, [1.0] * len(graph.ops), budget) for _ in range(2))
+        first, second = (fitted(graph, start, [1.0] * len(graph.ops), budget) for _ in range(2))
         self.assertEqual(first.order, second.order)
 
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
@@ -102,13 +103,13 @@ class RecomputeTest(unittest.TestCase):
                 best = fit(graph, budget, seconds, repeats=4, solver="cpsat")
             except InfeasibleError:
                 with self.assertRaises(InfeasibleError):
-                    recompute(graph, start, seconds, budget)
+                    fitted(graph, start, seconds, budget)
                 continue
             if best.extra_seconds == 0:
                 continue
             seen += 1
             try:
-                found = recompute(graph, start, seconds, budget)
+                found = fitted(graph, start, seconds, budget)
             except InfeasibleError:
                 continue
             verify(graph, Plan.of(graph, found))
@@ -133,7 +134,7 @@ class RecomputeTest(unittest.TestCase):
             speed = float(draw.randint(1, 9))
             try:
                 best = fit(graph, budget, seconds, repeats=4, bytes_per_second=speed, solver="cpsat")
-                found = recompute(graph, start, seconds, budget, bytes_per_second=speed)
+                found = fitted(graph, start, seconds, budget, bandwidth=Bandwidth(speed, speed))
             except InfeasibleError:
                 continue
             seen += 1
@@ -150,7 +151,7 @@ class RecomputeTest(unittest.TestCase):
         graph = training(24, in_place=True)
         start, seconds = olla.schedule(graph), [1.0] * len(graph.ops)
         for share in (4, 3, 2):
-            found = recompute(graph, start, seconds, start.peak_bytes * share // 5)
+            found = fitted(graph, start, seconds, start.peak_bytes * share // 5)
             self.assertGreater(found.extra_seconds_lower_bound, 0.0)
             self.assertLessEqual(found.extra_seconds_lower_bound, found.extra_seconds)
             self.assertLessEqual(found.extra_seconds - found.extra_seconds_lower_bound, 3.0)

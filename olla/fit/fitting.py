@@ -18,14 +18,15 @@ import numpy as np
 
 from olla.errors import InfeasibleError
 from olla.fit.moment import Kept, Moments
-from olla.fit.program import as_sequence, completed, program_of, simulated, spilled
+from olla.fit.program import as_sequence, completed, program_of, simulated, spilled, with_loads
 from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, state, unrolled, waiting
+from olla.fit.spill import Bandwidth, belady
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import least_bytes, peak_bytes
 from olla.graph.plan import Schedule
 from olla.order.problem import Integers
 
-__all__ = ["Recomputation", "recompute"]
+__all__ = ["Fitting", "fitted"]
 
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
@@ -38,13 +39,13 @@ _NEARBY = 40  # ops, in program order
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
 
 
-def recompute(
+def fitted(
     graph: Graph,
     start: Schedule,
     seconds: Sequence[float],
     budget_bytes: int,
     *,
-    bytes_per_second: float | None = None,
+    bandwidth: Bandwidth | None = None,
     time_limit: float = 30.0,
 ) -> Schedule:
     """A sequence of the ops of ``graph`` whose peak is at most ``budget_bytes``, at little extra time.
@@ -59,9 +60,8 @@ def recompute(
         How long each op takes.
     budget_bytes
         What live bytes must not exceed, persistent storages left out.
-    bytes_per_second
-        Between the device and where storages are spilled to; a spill moves its bytes there and back. None: nothing
-        is spilled.
+    bandwidth
+        Between the device and where storages are spilled to. None: nothing is spilled.
     time_limit
         Seconds after which the best sequence so far is returned.
 
@@ -75,21 +75,23 @@ def recompute(
     InfeasibleError
         If nothing was found that fits; ``best_bytes`` is about the smallest peak that can be reached.
     """
-    work = Recomputation(graph, start, seconds, bytes_per_second=bytes_per_second)
-    return work.within(budget_bytes, time_limit=time_limit)
+    return Fitting(graph, start, seconds, bandwidth=bandwidth).within(budget_bytes, time_limit=time_limit)
 
 
-class Recomputation:
+class Fitting:
     """What is known of a graph, and found so far; budgets asked one after the other share it."""
 
     def __init__(
-        self, graph: Graph, start: Schedule, seconds: Sequence[float], *, bytes_per_second: float | None = None
+        self, graph: Graph, start: Schedule, seconds: Sequence[float], *, bandwidth: Bandwidth | None = None
     ) -> None:
-        self._graph, self._start = graph, start
+        self._graph, self._start, self._can_spill = graph, start, bandwidth is not None
+        self._means = "recomputation and spilling" if self._can_spill else "recomputation"
         program = self._program = program_of(graph)
         of_ops = np.maximum(np.array(seconds, np.float64), _SMALLEST_SECONDS)
         sizes = np.repeat(program.sizes, np.diff(program.maker_start)).astype(np.float64)
-        of_loads = np.full(len(sizes), np.inf) if bytes_per_second is None else 2 * sizes / bytes_per_second
+        of_loads = (
+            np.full(len(sizes), np.inf) if bandwidth is None else sizes / bandwidth.write + sizes / bandwidth.read
+        )
         self._seconds = np.concatenate([of_ops, np.maximum(of_loads, _SMALLEST_SECONDS)])
         self._once = float(of_ops.sum())
         orders = {start.order: None, tuple(range(len(graph.ops))): None}
@@ -99,7 +101,7 @@ class Recomputation:
         self._found: list[tuple[float, int, Integers]] = []  # extra seconds, peak, sequence without late ops
 
     def within(self, budget_bytes: int, *, time_limit: float = 30.0) -> Schedule:
-        """See :func:`recompute`. Of what was found for other budgets, the cheapest that fits counts, too."""
+        """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
         started = time.perf_counter()
         deadline = started + time_limit
         if self._start.peak_bytes <= budget_bytes:
@@ -110,7 +112,7 @@ class Recomputation:
                 break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
             raise InfeasibleError(
-                f"recomputation reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,})",
+                f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,})",
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
@@ -123,7 +125,7 @@ class Recomputation:
             order,
             exact,
             min(exact, self._floor),
-            "recomputation",
+            self._means,
             time.perf_counter() - started,
             spills,
             extra,
@@ -157,6 +159,8 @@ class Recomputation:
                 sequence = unrolled(self._program, order, place, kept.contents, kept.loaded)
                 if len(sequence):
                     yield sequence
+        if self._can_spill and (spills := belady(self._graph, self._start.order, budget_bytes)):
+            yield with_loads(self._program, self._start.order, spills)
         if budget_bytes < self._least:
             yield from self._orders
 
@@ -200,14 +204,14 @@ class Recomputation:
 
     def _smallest(self, deadline: float) -> int:
         """About the smallest budget that can be reached, by bisection."""
-        low = self._floor
+        low = middle = self._floor
         while self._least - low > max(1, _CLOSE * self._least) and time.perf_counter() < deadline:
-            middle = (low + self._least) // 2
             for _ in self._attempts(middle, self._dearest(middle)):
                 if self._least <= middle or time.perf_counter() > deadline:
                     break
             else:
                 low = middle
+            middle = (low + self._least) // 2
         return self._least
 
     @property
