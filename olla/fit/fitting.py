@@ -87,13 +87,10 @@ class Fitting:
         self._graph, self._start, self._can_spill = graph, start, bandwidth is not None
         self._means = "recomputation and spilling" if self._can_spill else "recomputation"
         program = self._program = program_of(graph)
-        of_ops = np.maximum(np.array(seconds, np.float64), _SMALLEST_SECONDS)
         sizes = np.repeat(program.sizes, np.diff(program.maker_start)).astype(np.float64)
-        of_loads = (
-            np.full(len(sizes), np.inf) if bandwidth is None else sizes / bandwidth.write + sizes / bandwidth.read
-        )
-        self._seconds = np.concatenate([of_ops, np.maximum(of_loads, _SMALLEST_SECONDS)])
-        self._once = float(of_ops.sum())
+        of_byte = np.inf if bandwidth is None else 1 / bandwidth.write + 1 / bandwidth.read
+        self._seconds = np.maximum(np.concatenate([seconds, np.maximum(sizes, 1) * of_byte]), _SMALLEST_SECONDS)
+        self._once = float(self._seconds[: program.loads].sum())
         orders = {start.order: None, tuple(range(len(graph.ops))): None}
         self._floor, self._pinned = least_bytes(graph)
         self._orders = [as_sequence(program, order) for order in orders]
@@ -106,10 +103,11 @@ class Fitting:
         deadline = started + time_limit
         if self._start.peak_bytes <= budget_bytes:
             return self._start
-        moment = self._dearest(budget_bytes)
-        for _ in self._attempts(budget_bytes, moment):
-            if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
-                break
+        if budget_bytes >= self._floor:
+            moment = self._dearest(budget_bytes)
+            for _ in self._attempts(budget_bytes, moment):
+                if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
+                    break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
             raise InfeasibleError(
                 f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,})",
