@@ -19,7 +19,7 @@ from olla.capture.source import line_of_trace
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
-from olla.capture.workspace import workspace_bytes
+from olla.capture.workspace import spared_bytes, workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
 from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
@@ -150,7 +150,7 @@ class _Builder:
                 workspace=workspace,
                 source=line_of_trace(node.meta.get("stack_trace") or ""),
                 writes_once=tuple(sorted(writes_once)),
-                reused=node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0,
+                reused=spared_bytes(node) + (node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0),
             )
         )
         self.nodes.append(node)

@@ -48,7 +48,9 @@ class Op:
     workspace: int = 0  # bytes that it holds only while it runs
     source: str = ""  # the line of the model it comes from, if known
     writes_once: tuple[int, ...] = ()  # of the writes, those to persistent storages that a repeat does without
-    reused: int = 0  # bytes that it writes over, where eager PyTorch allocates a result
+    reused: int = (
+        0  # bytes that eager PyTorch allocates besides: a result, where it writes over an input, or a temporary
+    )
 
     @property
     def touches(self) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def memory_profile(graph: Graph, order: Sequence[int], spills: Sequence[Spill] =
 
 
 def eager_peak_bytes(graph: Graph) -> int:
-    """What eager PyTorch needs: program order, and a result of its own for every op."""
+    """What eager PyTorch needs: program order, and nothing that an op does without."""
     eager = replace(graph, ops=tuple(replace(op, workspace=op.workspace + op.reused) for op in graph.ops))
     return peak_bytes(eager, range(len(eager.ops)))
 
