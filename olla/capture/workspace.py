@@ -6,6 +6,7 @@ from torch import Tensor, fx, ops
 
 from olla.capture.rewrite.calls import value_of
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT, bytes_of_rows
+from olla.capture.rewrite.disjoint_sum import disjoint_sum
 from olla.capture.rewrite.weight_gradient import weight_gradient
 
 __all__ = ["spared_bytes", "workspace_bytes"]
@@ -34,7 +35,11 @@ def workspace_bytes(node: fx.Node) -> int:
 
 def spared_bytes(node: fx.Node) -> int:
     """What the calls that were replaced by this one allocate while they run, and it does not."""
-    return value_of(node.args[1]).nbytes - workspace_bytes(node) if node.target in _CROSS_ENTROPY else 0
+    if node.target in _CROSS_ENTROPY:
+        return value_of(node.args[1]).nbytes - workspace_bytes(node)
+    if node.target is disjoint_sum:  # two terms and their sum, when the first two parts have been used up
+        return 2 * value_of(node).nbytes - sum(value_of(part).nbytes for part in node.all_input_nodes[:2])
+    return 0
 
 
 def _on_cpu(argument: object) -> int:

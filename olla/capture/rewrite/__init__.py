@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from olla.capture.rewrite.cross_entropy import compute_loss_gradients_by_rows
+from olla.capture.rewrite.disjoint_sum import sum_disjoint_parts_in_place
 from olla.capture.rewrite.weight_gradient import slice_weight_gradients
 
 __all__ = ["rewrite"]
@@ -15,5 +16,5 @@ __all__ = ["rewrite"]
 
 def rewrite(module: fx.GraphModule) -> None:
     """Replace what is worth it, in place."""
-    for replace in (slice_weight_gradients, compute_loss_gradients_by_rows):
+    for replace in (slice_weight_gradients, compute_loss_gradients_by_rows, sum_disjoint_parts_in_place):
         replace(module.graph)

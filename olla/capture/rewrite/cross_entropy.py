@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, ops
 
-from olla.capture.rewrite.calls import only_user, value_of, writes_between
+from olla.capture.rewrite.calls import changes_between, erase_unused, only_user, value_of
 
 __all__ = ["CROSS_ENTROPY_BACKWARD", "CROSS_ENTROPY_BACKWARD_OUT", "bytes_of_rows", "compute_loss_gradients_by_rows"]
 
@@ -44,15 +44,14 @@ def compute_loss_gradients_by_rows(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default):
         filled, smoothing = _gradient(node)
-        if filled is None or not _is_worth_it(node) or writes_between(filled, node):
+        if filled is None or not _is_worth_it(node) or changes_between(filled, node):
             continue
         gradient, _, *others = filled.args
         with graph.inserting_before(node):
             whole = graph.call_function(CROSS_ENTROPY_BACKWARD, (gradient, node.args[1], *others, smoothing))
         whole.meta = dict(node.meta)
         node.replace_all_uses_with(whole)
-        for replaced in dict.fromkeys((node, node.all_input_nodes[0], filled)):
-            graph.erase_node(replaced)
+        erase_unused(node)
 
 
 def _gradient(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
