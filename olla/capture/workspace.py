@@ -7,6 +7,7 @@ from torch import Tensor, fx, ops
 from olla.capture.rewrite.calls import value_of
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT, bytes_of_rows
 from olla.capture.rewrite.disjoint_sum import disjoint_sum
+from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT, bytes_of_piece
 from olla.capture.rewrite.weight_gradient import weight_gradient
 
 __all__ = ["spared_bytes", "workspace_bytes"]
@@ -30,6 +31,8 @@ def workspace_bytes(node: fx.Node) -> int:
         return (2 if slices > 1 else 1) * _on_cpu(node.args[2]) // slices
     if node.target in _CROSS_ENTROPY:
         return bytes_of_rows(value_of(node.args[1]))
+    if node.target in (DROPOUT, DROPOUT_OUT):
+        return bytes_of_piece(*map(value_of, node.all_input_nodes[:2]))
     return 0
 
 

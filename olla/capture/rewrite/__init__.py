@@ -9,6 +9,7 @@ from torch import fx
 
 from olla.capture.rewrite.cross_entropy import compute_loss_gradients_by_rows
 from olla.capture.rewrite.disjoint_sum import sum_disjoint_parts_in_place
+from olla.capture.rewrite.dropout import draw_bytes_for_dropout
 from olla.capture.rewrite.weight_gradient import slice_weight_gradients
 
 __all__ = ["rewrite"]
@@ -16,5 +17,7 @@ __all__ = ["rewrite"]
 
 def rewrite(module: fx.GraphModule) -> None:
     """Replace what is worth it, in place."""
-    for replace in (slice_weight_gradients, compute_loss_gradients_by_rows, sum_disjoint_parts_in_place):
-        replace(module.graph)
+    slice_weight_gradients(module.graph)
+    compute_loss_gradients_by_rows(module.graph)
+    sum_disjoint_parts_in_place(module.graph)
+    draw_bytes_for_dropout(module.graph)
