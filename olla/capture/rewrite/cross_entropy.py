@@ -21,10 +21,7 @@ aten = ops.aten
 
 _ROWS = 2**20  # bytes of the rows that are computed at once: they stay in the cache of a core
 _NONE = 0  # the reduction that leaves one loss a row
-_FILLS: Mapping[Any, int] = {
-    aten.nll_loss_backward.default: 2,
-    aten.nll_loss2d_backward.default: 4,
-}  # and dimensions of the logits
+_FILLS: Mapping[Any, int] = {aten.nll_loss_backward.default: 2, aten.nll_loss2d_backward.default: 4}  # and dimensions
 
 _ARGUMENTS = (
     "Tensor gradient, Tensor log_probabilities, Tensor target, Tensor? weight, int reduction, int ignore_index, "
