@@ -19,7 +19,7 @@ __all__ = ["CROSS_ENTROPY_BACKWARD", "CROSS_ENTROPY_BACKWARD_OUT", "bytes_of_row
 
 aten = ops.aten
 
-_ROWS = 2**20  # bytes of the rows that are computed at once: they stay in the cache of a core
+_ROWS = 2**22  # bytes of the rows that are computed at once: few enough for caches, enough to start threads for
 _NONE = 0  # the reduction that leaves one loss a row
 _FILLS: Mapping[Any, int] = {aten.nll_loss_backward.default: 2, aten.nll_loss2d_backward.default: 4}  # and dimensions
 
