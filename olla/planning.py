@@ -12,7 +12,7 @@ from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
 from olla.capture.reuse import reuse
-from olla.capture.rewrite import compute_whole, is_sliced
+from olla.capture.rewrite.weight_gradient import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
 from olla.errors import InfeasibleError
 from olla.fit.budget import Budget, bytes_of

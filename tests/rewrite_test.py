@@ -7,8 +7,8 @@ from eager import EagerTestCase
 from torch import Tensor, nn
 
 import olla
-from olla.capture import rewrite
-from olla.capture.rewrite import weight_gradient
+from olla.capture.rewrite import weight_gradient as slicing
+from olla.capture.rewrite.weight_gradient import weight_gradient
 
 
 class WeightGradientTest(EagerTestCase):
@@ -44,12 +44,12 @@ class WeightGradientTest(EagerTestCase):
         self.assertEqual(step.code.count("weight_gradient("), 2)
 
     def test_it_is_not_used_where_the_bits_differ(self) -> None:
-        keeps_bits = rewrite._keeps_bits
-        rewrite._keeps_bits = lambda *_: False  # type: ignore[assignment]
+        keeps_bits = slicing._keeps_bits
+        slicing._keeps_bits = lambda *_: False  # type: ignore[assignment]
         try:
             step = self.assert_training_same(self.layer(), lambda: torch.randn(1, 256, 5, 5), steps=2)
         finally:
-            rewrite._keeps_bits = keeps_bits
+            slicing._keeps_bits = keeps_bits
         calls = [line.split(";")[0] for line in step.code.splitlines() if "weight_gradient(" in line]
         self.assertEqual([call.rstrip()[-3:] for call in calls], [" 1)", " 1)"])
 

@@ -19,7 +19,7 @@ from olla.capture.source import line_of_trace
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
-from olla.capture.workspace import workspace_bytes
+from olla.capture.workspace import spared_bytes, workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
 from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
@@ -103,7 +103,10 @@ class _Builder:
         reads = self.existing(node.all_input_nodes) - writes
         if node in self.reused:  # its result was traced on a storage of its own
             self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(self.reused[node].meta["val"])]
-        creates = [self._add_storage(t, node.name) for t in _tensors(node) if storage_key(t) not in self.ids]
+        wider = node.meta.get("eager")
+        creates = [
+            self._add_storage(t, node.name, eager=wider) for t in _tensors(node) if storage_key(t) not in self.ids
+        ]
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
         self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node), once)
 
@@ -150,16 +153,19 @@ class _Builder:
                 workspace=workspace,
                 source=line_of_trace(node.meta.get("stack_trace") or ""),
                 writes_once=tuple(sorted(writes_once)),
-                reused=node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0,
+                reused=spared_bytes(node) + (node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0),
             )
         )
         self.nodes.append(node)
 
-    def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False) -> int:
+    def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False, eager: Tensor | None = None) -> int:
+        """The id of the storage of ``tensor``, new or not; ``eager`` is what eager PyTorch makes in its place."""
         key = storage_key(tensor)
         if key not in self.ids:
             self.ids[key] = len(self.storages)
-            self.storages.append(Storage(name, tensor.untyped_storage().nbytes(), persistent))
+            size = tensor.untyped_storage().nbytes()
+            spared = 0 if eager is None else eager.untyped_storage().nbytes() - size
+            self.storages.append(Storage(name, size, persistent, spared))
         return self.ids[key]
 
     def _generator(self) -> int:

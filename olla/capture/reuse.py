@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.lower import Lowered, tensors_of
+from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT
+from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT
 from olla.graph.graph import Graph
 from olla.torch_private import OpOverload, storage_key
 
@@ -47,10 +49,12 @@ OVERWRITING: Mapping[OpOverload, tuple[OpOverload, str]] = {
     aten.leaky_relu_backward.default: (aten.leaky_relu_backward.grad_input, "grad_input"),
     aten._softmax_backward_data.default: (aten._softmax_backward_data.out, "grad_input"),
     aten._log_softmax_backward_data.default: (aten._log_softmax_backward_data.out, "out"),
+    CROSS_ENTROPY_BACKWARD: (CROSS_ENTROPY_BACKWARD_OUT, "out"),
+    DROPOUT: (DROPOUT_OUT, "out"),
 }
 
 # Kernels that work on rows, and copy what is not contiguous: then writing over an input goes wrong.
-_CONTIGUOUS_ONLY = frozenset(target for target in OVERWRITING if "softmax" in target.name())
+_CONTIGUOUS_ONLY = frozenset(target for target in OVERWRITING if "softmax" in target.name()) | {CROSS_ENTROPY_BACKWARD}
 
 # The variant that writes over its first argument: for these, the one above would allocate all the same.
 IN_PLACE: Mapping[OpOverload, OpOverload] = {

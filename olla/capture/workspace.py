@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, fx, ops
 
-from olla.capture.rewrite import weight_gradient
+from olla.capture.rewrite.calls import value_of
+from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT, bytes_of_rows
+from olla.capture.rewrite.disjoint_sum import disjoint_sum
+from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT, bytes_of_piece
+from olla.capture.rewrite.weight_gradient import weight_gradient
 
-__all__ = ["workspace_bytes"]
+__all__ = ["spared_bytes", "workspace_bytes"]
+
+_CROSS_ENTROPY = (CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT)
 
 
 def workspace_bytes(node: fx.Node) -> int:
@@ -23,6 +29,19 @@ def workspace_bytes(node: fx.Node) -> int:
         assert isinstance(slices, int)
         # The slice, and its blocked copy; the whole is the result itself.
         return (2 if slices > 1 else 1) * _on_cpu(node.args[2]) // slices
+    if node.target in _CROSS_ENTROPY:
+        return bytes_of_rows(value_of(node.args[1]))
+    if node.target in (DROPOUT, DROPOUT_OUT):
+        return bytes_of_piece(*map(value_of, node.all_input_nodes[:2]))
+    return 0
+
+
+def spared_bytes(node: fx.Node) -> int:
+    """What the calls that were replaced by this one allocate while they run, and it does not."""
+    if node.target in _CROSS_ENTROPY:
+        return value_of(node.args[1]).nbytes - workspace_bytes(node)
+    if node.target is disjoint_sum:  # two terms and their sum, when the first two parts have been used up
+        return 2 * value_of(node).nbytes - sum(value_of(part).nbytes for part in node.all_input_nodes[:2])
     return 0
 
 

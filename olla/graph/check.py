@@ -178,8 +178,9 @@ def _peak(graph: Graph, order: tuple[int, ...], spills: tuple[Spill, ...] = (), 
     starting: list[int] = [0] * (len(order) + 1)
     ending: list[int] = [0] * (len(order) + 1)
     for life in _lives(graph, order):
-        starting[life.start] += graph.storages[life.storage].size
-        ending[life.end] += graph.storages[life.storage].size
+        storage = graph.storages[life.storage]
+        starting[life.start] += storage.size + (storage.spared if eager else 0)
+        ending[life.end] += storage.size + (storage.spared if eager else 0)
     for spill in spills:
         ending[spill.start] += graph.storages[spill.storage].size
         starting[spill.end] += graph.storages[spill.storage].size

@@ -30,15 +30,17 @@ Event: TypeAlias = Allocate | Release
 
 
 def eager_events_of(graph: Graph) -> tuple[Event, ...]:
-    """What one step of eager PyTorch asks of the allocator: program order, and a result of its own for every op."""
-    storages, ops = list(graph.storages), []
+    """What one step of eager PyTorch asks of the allocator: program order, and all that an op does without."""
+    storages, ops = [replace(storage, size=storage.size + storage.spared) for storage in graph.storages], []
     latest = list(range(len(storages)))  # what holds the contents of each storage
     for op in graph.ops:
         over = [storage for storage in op.writes if op.reused and not storages[storage].persistent]
         moved = {storage: len(storages) + position for position, storage in enumerate(over)}
         reads = tuple(latest[storage] for storage in op.reads + tuple(over))
         writes = tuple(latest[storage] for storage in op.writes if storage not in moved)
-        ops.append(replace(op, creates=op.creates + tuple(moved.values()), reads=reads, writes=writes, reused=0))
+        creates, results = op.creates + tuple(moved.values()), sum(storages[storage].size for storage in over)
+        workspace = op.workspace + max(0, op.reused - results)
+        ops.append(replace(op, creates=creates, reads=reads, writes=writes, workspace=workspace, reused=0))
         for storage, result in moved.items():
             storages.append(storages[storage])
             latest[storage] = result

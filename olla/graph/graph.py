@@ -29,6 +29,7 @@ class Storage:
     name: str
     size: int  # bytes
     persistent: bool = False  # lives across steps: parameters, buffers, optimizer state, inputs
+    spared: int = 0  # bytes that eager PyTorch takes besides, where it keeps the same in a wider dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Op:
     workspace: int = 0  # bytes that it holds only while it runs
     source: str = ""  # the line of the model it comes from, if known
     writes_once: tuple[int, ...] = ()  # of the writes, those to persistent storages that a repeat does without
-    reused: int = 0  # bytes that it writes over, where eager PyTorch allocates a result
+    reused: int = 0  # bytes that eager PyTorch takes besides: a result that is written over an input here, temporaries
 
     @property
     def touches(self) -> tuple[int, ...]:
@@ -116,7 +117,7 @@ class Graph:
     def digest(self) -> str:
         """A fingerprint of all that a plan depends on, which names and sources are not."""
         ops = [(op.creates, op.reads, op.writes, op.workspace, op.writes_once, op.reused) for op in self.ops]
-        storages = [(storage.size, storage.persistent) for storage in self.storages]
+        storages = [(storage.size, storage.persistent, storage.spared) for storage in self.storages]
         return hashlib.sha256(json.dumps([ops, storages, self.outputs]).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -182,13 +183,17 @@ def _op_from_dict(entry: dict[str, Any]) -> Op:
 
 def _validate(graph: Graph) -> None:
     for position, storage in enumerate(graph.storages):
-        _require_integers([storage.size], f"storage {position} ({storage.name!r})")
+        _require_integers([storage.size, storage.spared], f"storage {position} ({storage.name!r})")
         if storage.size < 0:
             creators = [
                 f", created by op {i} ({op.name!r})" for i, op in enumerate(graph.ops) if position in op.creates
             ]
             raise InvalidGraphError(
                 f"storage {position} ({storage.name!r}){''.join(creators)} has the negative size {storage.size}"
+            )
+        if storage.spared < 0:
+            raise InvalidGraphError(
+                f"storage {position} ({storage.name!r}) spares {storage.spared} bytes, less than none"
             )
     for index, op in enumerate(graph.ops):
         where = f"op {index} ({op.name!r})"

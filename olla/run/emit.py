@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from olla.capture.lower import Lowered, is_random, statistics_of, tensors_of
-from olla.capture.rewrite import slices_that_keep_the_bits, weight_gradient
+from olla.capture.rewrite.weight_gradient import slices_that_keep_the_bits, weight_gradient
 from olla.capture.trace import Trace
 from olla.capture.updates import UPDATE, Update
 from olla.graph.plan import extra_runs

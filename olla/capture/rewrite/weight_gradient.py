@@ -1,8 +1,7 @@
-"""Operators taken apart where the whole needs memory that its parts do not; the bits stay the same.
+"""The gradient of a convolution's weight, some output channels at a time.
 
-Only one so far. On the CPU, ``convolution_backward`` computes the gradient of the weight in a blocked
-layout and then copies it, so that it holds the weight's size twice. The rows of that gradient do
-not depend on one another, so it can be computed some output channels at a time.
+On the CPU, ``convolution_backward`` computes it in a blocked layout and then copies it, so that it holds the weight's
+size twice. Its rows do not depend on one another.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["compute_whole", "is_sliced", "rewrite", "slices_that_keep_the_bits", "weight_gradient"]
+from olla.capture.rewrite.calls import value_of
+
+__all__ = ["compute_whole", "is_sliced", "slice_weight_gradients", "slices_that_keep_the_bits", "weight_gradient"]
 
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _WORTH_IT = 4  # the weight must be so many times larger than the activations that each slice reads again
@@ -24,9 +25,8 @@ _CHANNELS = 64  # in one slice at least: full vectors for the kernels
 _SLICES = 8
 
 
-def rewrite(module: fx.GraphModule) -> None:
-    """Take apart what is worth it, in place."""
-    graph = module.graph
+def slice_weight_gradients(graph: fx.Graph) -> None:
+    """Take each backward convolution apart whose weight is large enough."""
     for node in graph.find_nodes(op="call_function", target=_BACKWARD):
         slices = _slices(node)
         if slices > 1:
@@ -77,12 +77,12 @@ def slices_that_keep_the_bits(node: fx.Node) -> int:
     random numbers of the shapes in question.
     """
     gradient, input_, weight, stride, padding, dilation, slices = node.args
-    shapes = tuple(tuple(_value(argument).shape) for argument in (gradient, input_, weight))
+    shapes = tuple(tuple(value_of(argument).shape) for argument in (gradient, input_, weight))
     settings = (tuple(_ints(stride)), tuple(_ints(padding)), tuple(_ints(dilation)))
     assert isinstance(slices, int)
     if slices == 1:
         return 1
-    kept = _keeps_bits(shapes, _value(weight).dtype, settings, slices, torch.get_num_threads())
+    kept = _keeps_bits(shapes, value_of(weight).dtype, settings, slices, torch.get_num_threads())
     return slices if kept else 1
 
 
@@ -100,14 +100,14 @@ def _keeps_bits(
 def _slices(node: fx.Node) -> int:
     """In how many slices the weight's gradient of ``node`` should be computed; 1 to leave it alone."""
     gradient, input_, weight, _, _, _, _, transposed, _, groups, mask = node.args
-    values = [_value(argument) for argument in (gradient, input_, weight)]
+    values = [value_of(argument) for argument in (gradient, input_, weight)]
     if transposed or groups != 1 or not _ints(mask)[1] or values[2].device.type != "cpu":
         return 1
     activations, size = sum(value.nbytes for value in values[:2]), values[2].nbytes
     made = next((user for user in node.users if user.args[1] == 1), None)
     if size < _SMALLEST or size < _WORTH_IT * activations or made is None:
         return 1
-    if _value(made).stride() != values[2].stride():
+    if value_of(made).stride() != values[2].stride():
         return 1
     return math.gcd(_SLICES, max(1, len(values[2]) // _CHANNELS)) if len(values[2]) % _SLICES == 0 else 1
 
@@ -130,12 +130,6 @@ def _split(graph: fx.Graph, node: fx.Node, slices: int) -> None:
     )  # fmt: skip
     results = node.meta["val"]
     node.meta["val"] = tuple(value if keep else None for value, keep in zip(results, rest, strict=True))
-
-
-def _value(argument: Any) -> Tensor:
-    value = argument.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _ints(argument: Any) -> list[int]:

@@ -1,0 +1,23 @@
+"""Traced calls replaced by others that compute the same bits and need less memory.
+
+A file for each pattern: it finds the calls, and puts others in their place.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from olla.capture.rewrite.cross_entropy import compute_loss_gradients_by_rows
+from olla.capture.rewrite.disjoint_sum import sum_disjoint_parts_in_place
+from olla.capture.rewrite.dropout import draw_bytes_for_dropout
+from olla.capture.rewrite.weight_gradient import slice_weight_gradients
+
+__all__ = ["rewrite"]
+
+
+def rewrite(module: fx.GraphModule) -> None:
+    """Replace what is worth it, in place."""
+    slice_weight_gradients(module.graph)
+    compute_loss_gradients_by_rows(module.graph)
+    sum_disjoint_parts_in_place(module.graph)
+    draw_bytes_for_dropout(module.graph)
