@@ -7,6 +7,7 @@
     python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
     python benchmarks.py --rematerialization          smaller and smaller byte budgets, kept by recomputing
     python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
+    python benchmarks.py --peers                      PyTorch's own means to save memory, and OLLA within budgets
 
 Every row plans one step of a model; where the step fits into memory, the planned and the eager step
 are run side by side and the allocator is asked for both peaks. The planned step runs in an arena, at
@@ -21,6 +22,10 @@ PyTorch needs above what lives across steps, and within the smallest budget that
 With --ilp, each form of the integer program is stated for each graph and given to each solver, starting from what the
 planners found: the order, the addresses for it, both jointly, and, within a byte limit halfway between the planned peak
 and what some op needs for itself, what to recompute and what to spill (at most 3 repeats; times of ops are estimated).
+With --peers, three models of sizes of their own are trained by eager PyTorch, with optimizers that step in the
+backward pass, with checkpoints, compiled, and by OLLA within byte budgets, in one process. Every peak is measured by
+the same code; steps take turns, and a time is relative to that of eager PyTorch in the same round. "Same numbers":
+after two steps, losses and parameters are those of eager PyTorch, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,14 +39,17 @@ from itertools import product
 from pathlib import Path
 
 from bench.comparison import SAVINGS, compare
+from bench.contest import Result, show_contest
 from bench.ilp import FORMS, ILP, solve_form
 from bench.log import write_log
 from bench.malloc import tune_malloc
 from bench.models import MODELS, QUICK
+from bench.picture import draw
 from bench.profile import profile
 from bench.row import Row
 from bench.simulation import simulate, summary
 from bench.table import show
+from bench.training import SUBJECTS
 from olla.solve import available
 
 
@@ -61,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-b", "--batch-size", type=int, action="append", help="may be repeated; default 1 and 32")
     parser.add_argument(
-        "-m", "--model", choices=sorted(MODELS), action="append", metavar="NAME", help="may be repeated; default all"
+        "-m",
+        "--model",
+        choices=sorted({*MODELS, *SUBJECTS}),
+        action="append",
+        metavar="NAME",
+        help=f"may be repeated; default all; with --peers: {', '.join(SUBJECTS)}",
     )
     parser.add_argument("--mode", choices=("eval", "train"), action="append", help="may be repeated; default both")
     parser.add_argument("--log-path", type=Path, default=Path("benchmarks.csv"), help="default %(default)s")
@@ -103,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="save 10, 25, 50, 75 %% of the peak, and all that can be",
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="what else saves memory, and OLLA, with a tuned malloc; a picture is drawn beside the log",
+    )
     parser.add_argument("--form", choices=FORMS, action="append", help="with --ilp: may be repeated; default all")
     parser.add_argument("--solver", choices=("cpsat", "gurobi", "highs"), action="append", help="as --form")
     parser.add_argument(
@@ -112,42 +130,52 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmarks; returns the exit status: 0 if at least one case ran without an error."""
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, in which nothing is left that makes no sense together."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.list:
-        print("\n".join(MODELS))
-        return 0
+    measuring = options.execute or options.skip_simulation or options.skip_node_ordering
+    measuring = measuring or (options.tuned_malloc and not options.peers)
+    others = [options.simulate, options.gpu_profile, options.ilp, options.rematerialization, options.peers]
+    if sum(others) + bool(measuring) > 1 and any(others):
+        parser.error(
+            "--simulate, --gpu-profile, --rematerialization, --ilp and --peers exclude each other, and how to measure"
+        )
+    if (options.generate_addresses and not options.simulate) or (
+        options.profile_alloc_time and not options.gpu_profile
+    ):
+        parser.error("--generate-addresses needs --simulate, --profile-alloc-time needs --gpu-profile")
+    if options.peers and (options.batch_size or options.mode or options.quick):
+        parser.error("--peers has batches of its own, in training: leave --batch-size, --mode and --quick out")
+    known = SUBJECTS if options.peers else MODELS
+    if unknown := [name for name in options.model or () if name not in known]:
+        parser.error(f"--model {unknown[0]}: {'with' if options.peers else 'without'} --peers, {', '.join(known)}")
+    if min(options.batch_size or [1]) < 1:
+        parser.error("--batch-size must be positive")
+    return options
+
+
+def _cases(options: argparse.Namespace) -> list[Row]:
     names = options.model or list(QUICK if options.quick else ILP if options.ilp else MODELS)
     batches = options.batch_size or ([1] if options.quick else [1, 32])
     modes = options.mode or (
         ["train"] if options.quick or options.ilp or options.rematerialization else ["train", "eval"]
     )
-    if min(batches) < 1:
-        parser.error("--batch-size must be positive")
-    measuring = options.execute or options.skip_simulation or options.skip_node_ordering or options.tuned_malloc
-    others = [options.simulate, options.gpu_profile, options.ilp, options.rematerialization]
-    if sum(others) + bool(measuring) > 1 and any(others):
-        parser.error("--simulate, --gpu-profile, --rematerialization and --ilp exclude each other, and how to measure")
-    if (options.generate_addresses and not options.simulate) or (
-        options.profile_alloc_time and not options.gpu_profile
-    ):
-        parser.error("--generate-addresses needs --simulate, --profile-alloc-time needs --gpu-profile")
-    if options.tuned_malloc:
-        tune_malloc()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    ops_path = options.log_path.with_suffix(".ops.csv")
-    if options.gpu_profile and not options.append_log:
-        ops_path.unlink(missing_ok=True)
     cases = [Row(*case) for case in product(names, batches, modes)]
     if options.ilp:
         tasks = list(product(options.form or FORMS, options.solver or available()))
         cases = [replace(case, form=form, solver=solver) for case in cases for form, solver in tasks]
     if options.rematerialization:
         cases = [replace(case, wanted_saving=saving) for case in cases for saving in SAVINGS]
-    rows = []
-    for row in show(cases, lambda row: run_case(row, options)):
+    return cases
+
+
+def _run_cases(options: argparse.Namespace) -> list[Row]:
+    ops_path = options.log_path.with_suffix(".ops.csv")
+    if options.gpu_profile and not options.append_log:
+        ops_path.unlink(missing_ok=True)
+    rows: list[Row] = []
+    for row in show(_cases(options), lambda row: run_case(row, options)):
         rows.append(row)
         write_log([row], options.log_path, append=options.append_log or len(rows) > 1)
     if options.simulate:
@@ -159,6 +187,31 @@ def main(arguments: list[str] | None = None) -> int:
         )
     also = f", those of each operator in {ops_path}" if options.gpu_profile else ""
     print(f"The figures are in {options.log_path}{also}.")
+    return rows
+
+
+def _run_contests(options: argparse.Namespace) -> list[Result]:
+    picture_path = options.log_path.with_suffix(".png")
+    results: list[Result] = []
+    for name in options.model or SUBJECTS:
+        contest = show_contest(name)
+        write_log(contest, options.log_path, append=options.append_log or bool(results))
+        results += contest
+        draw(results, picture_path)
+    print(f"The figures are in {options.log_path}, a picture of them in {picture_path}.")
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmarks; returns the exit status: 0 if at least one case ran without an error."""
+    options = _parse(arguments)
+    if options.list:
+        print("\n".join(MODELS))
+        return 0
+    if options.tuned_malloc or options.peers:
+        tune_malloc()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    rows = _run_contests(options) if options.peers else _run_cases(options)
     return 0 if any(not row.error for row in rows) else 1
 
 

@@ -1,15 +1,15 @@
-"""Rows as CSV."""
+"""Rows and results as CSV."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from bench.row import Row
 
-
-def write_log(rows: list[Row], path: Path, *, append: bool) -> None:
-    """Write the rows as CSV; with ``append``, below those that are there."""
+def write_log(rows: Sequence[Any], path: Path, *, append: bool) -> None:
+    """Write rows, which are dataclasses, as CSV; with ``append``, below those that are there."""
     import pandas
 
     frame = pandas.DataFrame([asdict(row) for row in rows])

@@ -28,7 +28,9 @@ class Workload:
         return function(*self.inputs, **named)
 
 
-def _classifier(name: str, *, shape: tuple[int, ...] = (3, 224, 224), **options: Any) -> Callable[[int], Workload]:
+def classifier(name: str, *, shape: tuple[int, ...] = (3, 224, 224), **options: Any) -> Callable[[int], Workload]:
+    """A builder of torchvision, for any batch size."""
+
     def build(batch: int) -> Workload:
         import torchvision
 
@@ -82,7 +84,9 @@ def _transformer(**options: int) -> Callable[[int], Workload]:
     return build
 
 
-def _language(model_class: str, config_class: str, *, length: int = 128, **config: Any) -> Callable[[int], Workload]:
+def language(model_class: str, config_class: str, *, length: int = 128, **config: Any) -> Callable[[int], Workload]:
+    """A language model of transformers, which computes its loss itself, for any batch size."""
+
     def build(batch: int) -> Workload:
         import transformers
 
@@ -96,14 +100,14 @@ def _language(model_class: str, config_class: str, *, length: int = 128, **confi
 
 
 MODELS: dict[str, Callable[[int], Workload]] = {
-    "alexnet": _classifier("alexnet"),
-    "bert": _language("RobertaForMaskedLM", "RobertaConfig", vocab_size=50265, max_position_embeddings=514),
+    "alexnet": classifier("alexnet"),
+    "bert": language("RobertaForMaskedLM", "RobertaConfig", vocab_size=50265, max_position_embeddings=514),
     "deeplabv3_resnet50": _segmentation,
-    "efficientnet_b0": _classifier("efficientnet_b0"),
-    "googlenet": _classifier("googlenet", init_weights=False),
-    "gpt2": _language("GPT2LMHeadModel", "GPT2Config"),
-    "inception_v3": _classifier("inception_v3", shape=(3, 299, 299), init_weights=False),
-    "llama": _language(
+    "efficientnet_b0": classifier("efficientnet_b0"),
+    "googlenet": classifier("googlenet", init_weights=False),
+    "gpt2": language("GPT2LMHeadModel", "GPT2Config"),
+    "inception_v3": classifier("inception_v3", shape=(3, 299, 299), init_weights=False),
+    "llama": language(
         "LlamaForCausalLM",
         "LlamaConfig",
         vocab_size=32000,
@@ -112,20 +116,20 @@ MODELS: dict[str, Callable[[int], Workload]] = {
         num_hidden_layers=14,
         num_attention_heads=12,
     ),
-    "mnasnet0_5": _classifier("mnasnet0_5"),
-    "mobilenet_v2": _classifier("mobilenet_v2"),
-    "r3d_18": _classifier("r3d_18", shape=(3, 16, 112, 112)),
+    "mnasnet0_5": classifier("mnasnet0_5"),
+    "mobilenet_v2": classifier("mobilenet_v2"),
+    "r3d_18": classifier("r3d_18", shape=(3, 16, 112, 112)),
     "raft_small": _optical_flow,
-    "resnet18": _classifier("resnet18"),
-    "resnet50": _classifier("resnet50"),
-    "squeezenet1_0": _classifier("squeezenet1_0"),
-    "swin_t": _classifier("swin_t"),
+    "resnet18": classifier("resnet18"),
+    "resnet50": classifier("resnet50"),
+    "squeezenet1_0": classifier("squeezenet1_0"),
+    "swin_t": classifier("swin_t"),
     "transformer": _transformer(nhead=1, num_encoder_layers=1, num_decoder_layers=1),
     "transformer_dflt": _transformer(),
-    "vgg11": _classifier("vgg11"),
-    "vgg16": _classifier("vgg16"),
-    "vgg19": _classifier("vgg19"),
-    "vit_b_16": _classifier("vit_b_16"),
-    "xlmr": _language("XLMRobertaForMaskedLM", "XLMRobertaConfig", vocab_size=250002, max_position_embeddings=514),
+    "vgg11": classifier("vgg11"),
+    "vgg16": classifier("vgg16"),
+    "vgg19": classifier("vgg19"),
+    "vit_b_16": classifier("vit_b_16"),
+    "xlmr": language("XLMRobertaForMaskedLM", "XLMRobertaConfig", vocab_size=250002, max_position_embeddings=514),
 }
 QUICK = ("resnet18", "googlenet", "vit_b_16", "gpt2", "transformer_dflt")

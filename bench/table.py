@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bench.cells import factor, mebibytes, milliseconds, number, seconds, share, truth
 from bench.comparison import SAVINGS
 from bench.row import Row
 
@@ -17,60 +18,44 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "wanted": lambda row: "-" if row.wanted_saving is None else SAVINGS[row.wanted_saving],
     "form": lambda row: row.form or "-",
     "solver": lambda row: row.solver or "-",
-    "ops": lambda row: _number(row.ops),
-    "variables": lambda row: _number(row.variables),
-    "rows": lambda row: _number(row.constraints),
-    "build s": lambda row: _seconds(row.build_seconds),
-    "solve s": lambda row: _seconds(row.solve_seconds),
+    "ops": lambda row: number(row.ops),
+    "variables": lambda row: number(row.variables),
+    "rows": lambda row: number(row.constraints),
+    "build s": lambda row: seconds(row.build_seconds),
+    "solve s": lambda row: seconds(row.solve_seconds),
     "objective": lambda row: _objective(row, row.objective),
     "bound": lambda row: _objective(row, row.bound),
-    "eager MiB": lambda row: _mebibytes(row.simulated_eager_bytes),
-    "planned": lambda row: _mebibytes(row.simulated_planned_bytes),
-    "eager reserved": lambda row: _mebibytes(row.reserved_eager_bytes),
-    "planned reserved": lambda row: _mebibytes(row.reserved_planned_bytes),
-    "gap": lambda row: "-" if row.gap is None else f"{row.gap:.2%}",
+    "eager MiB": lambda row: mebibytes(row.simulated_eager_bytes),
+    "planned": lambda row: mebibytes(row.simulated_planned_bytes),
+    "eager reserved": lambda row: mebibytes(row.reserved_eager_bytes),
+    "planned reserved": lambda row: mebibytes(row.reserved_planned_bytes),
+    "gap": lambda row: share(row.gap, 2),
     "status": lambda row: row.status or "-",
-    "capture s": lambda row: _seconds(row.capture_seconds),
-    "plan s": lambda row: _seconds(row.planning_seconds),
-    "arena": lambda row: _mebibytes(row.arena_bytes),
-    "fragmentation": lambda row: "-" if row.fragmentation is None else f"{row.fragmentation:.3%}",
-    "place s": lambda row: _seconds(row.placing_seconds),
-    "LPMF": lambda row: _mebibytes(row.inductor_lpmf_bytes),
-    "BFS": lambda row: _mebibytes(row.inductor_bfs_bytes),
-    "DFS": lambda row: _mebibytes(row.inductor_dfs_bytes),
-    "eager MiB, measured": lambda row: _mebibytes(row.measured_eager_bytes),
-    "planned, measured": lambda row: _mebibytes(row.measured_planned_bytes),
-    "saved": lambda row: "-" if row.measured_saving is None else f"{row.measured_saving:.1%}",
-    "exact": lambda row: "-" if row.exact is None else "yes" if row.exact else "no",
-    "missed": lambda row: _number(row.missed),
-    "ops again": lambda row: _number(row.recomputed),
-    "time": lambda row: "-" if row.time_ratio is None else f"{row.time_ratio:.2f} x",
-    "allocations": lambda row: _milliseconds(row.allocation_seconds),
-    "in the arena": lambda row: _milliseconds(row.arena_allocation_seconds),
+    "capture s": lambda row: seconds(row.capture_seconds),
+    "plan s": lambda row: seconds(row.planning_seconds),
+    "arena": lambda row: mebibytes(row.arena_bytes),
+    "fragmentation": lambda row: share(row.fragmentation, 3),
+    "place s": lambda row: seconds(row.placing_seconds),
+    "LPMF": lambda row: mebibytes(row.inductor_lpmf_bytes),
+    "BFS": lambda row: mebibytes(row.inductor_bfs_bytes),
+    "DFS": lambda row: mebibytes(row.inductor_dfs_bytes),
+    "eager MiB, measured": lambda row: mebibytes(row.measured_eager_bytes),
+    "planned, measured": lambda row: mebibytes(row.measured_planned_bytes),
+    "saved": lambda row: share(row.measured_saving),
+    "exact": lambda row: truth(row.exact),
+    "missed": lambda row: number(row.missed),
+    "ops again": lambda row: number(row.recomputed),
+    "time": lambda row: factor(row.time_ratio),
+    "allocations": lambda row: milliseconds(row.allocation_seconds),
+    "in the arena": lambda row: milliseconds(row.arena_allocation_seconds),
     "error": lambda row: row.error[:60],
 }
-
-
-def _number(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _mebibytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.1f}"
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _objective(row: Row, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value * 1e3:,.3f} ms" if row.form in ("recompute", "spill") else f"{value / 2**20:,.3f} MiB"
-
-
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value * 1e3:.2f} ms"
 
 
 def show(cases: list[Row], run: Callable[[Row], None]) -> Iterator[Row]:
