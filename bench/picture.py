@@ -12,7 +12,7 @@ from bench.peers import EAGER, OLLA
 # Of the peers, by the first words of their names.
 _COLORS = {EAGER: "#222222", "optimizer": "#55a868", "checkpoint": "#4c72b0", "torch.compile": "#dd8452"}
 _OLLA_COLOR = "#c44e52"
-_MARKERS = "os^Dv"  # in turn, within a color
+_MARKERS = "os^DvP"  # in turn, within a color
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -20,8 +20,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(result.model for result in results))
-    width = 1 + 4 * len(models)
-    figure, panels = pyplot.subplots(1, len(models), figsize=(width, 5.4), squeeze=False, layout="constrained")
+    width = 3.6 * (len(models) + 1)  # inches; the last column is the legend's
+    figure, panels = pyplot.subplots(1, len(models), figsize=(width, 3.8), squeeze=False, layout="constrained")
     styles = _styles(list(dict.fromkeys(result.contender for result in results)))
     known: dict[str, Any] = {}  # what the legend explains
     for model, axes in zip(models, panels[0], strict=True):
@@ -39,10 +39,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("peak above what lives across steps, MiB")
-    names = list(known)
-    figure.legend(
-        list(known.values()), names, loc="outside lower center", ncols=len(models) + 1, frameon=False, fontsize=8
-    )
+    figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
