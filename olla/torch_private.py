@@ -44,6 +44,7 @@ __all__ = [
     "flatten",
     "has_step_hooks",
     "identity",
+    "inductor",
     "is_wrapped_by_scheduler",
     "real_tensors",
     "remove_step_hooks",
@@ -166,6 +167,21 @@ def cpu_allocations(call: Callable[[], Any]) -> list[int]:
     memory = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
     memory.sort(key=lambda event: event.start_ns())  # stable: equal times keep the recorded order
     return [event.nbytes() for event in memory]
+
+
+def inductor(activation_memory_budget: float = 1.0) -> Callable[..., Any]:
+    """The default backend of ``torch.compile``, with a budget: the share of the activations that it may keep.
+
+    Each call makes another backend, and backends do not share what they compiled.
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        with config.patch(activation_memory_budget=activation_memory_budget):
+            return compile_fx(graph, inputs)
+
+    return backend
 
 
 @contextmanager

@@ -15,19 +15,21 @@ import torch
 from torch import nn
 
 import benchmarks
+from bench.ilp import FORMS
+from bench.models import MODELS, QUICK, Workload
 from olla.solve import available
 
 
-def tiny(batch: int) -> benchmarks.Workload:
-    return benchmarks.Workload(nn.Linear(64, 64), (torch.randn(batch, 64),))
+def tiny(batch: int) -> Workload:
+    return Workload(nn.Linear(64, 64), (torch.randn(batch, 64),))
 
 
-def deep(batch: int) -> benchmarks.Workload:
+def deep(batch: int) -> Workload:
     layers = [layer for _ in range(2) for layer in (nn.Linear(8, 8), nn.Tanh())]
-    return benchmarks.Workload(nn.Sequential(*layers), (torch.randn(batch, 8),))
+    return Workload(nn.Sequential(*layers), (torch.randn(batch, 8),))
 
 
-def failing(batch: int) -> benchmarks.Workload:
+def failing(batch: int) -> Workload:
     raise RuntimeError("no such layer")
 
 
@@ -36,7 +38,7 @@ class BenchmarksTest(unittest.TestCase):
         output = io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
             path = Path(folder) / "log.csv"
-            with mock.patch.dict(benchmarks.MODELS, {"tiny": tiny, "deep": deep, "failing": failing}):
+            with mock.patch.dict(MODELS, {"tiny": tiny, "deep": deep, "failing": failing}):
                 status = benchmarks.main([*arguments, "--log-path", str(path)])
                 if "--append-log" in arguments:
                     status = benchmarks.main([*arguments, "--log-path", str(path)])
@@ -100,7 +102,7 @@ class BenchmarksTest(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         path = Path(folder.name) / "log.csv"
         arguments = ["-m", "tiny", "-b", "8", "--mode", "train", "--gpu-profile", "--profile-alloc-time"]
-        with mock.patch.dict(benchmarks.MODELS, tiny=tiny), contextlib.redirect_stdout(io.StringIO()):
+        with mock.patch.dict(MODELS, tiny=tiny), contextlib.redirect_stdout(io.StringIO()):
             for _ in range(2):  # the second run replaces the files of the first
                 self.assertEqual(benchmarks.main([*arguments, "--log-path", str(path)]), 0)
         log, ops = pandas.read_csv(path), pandas.read_csv(path.with_suffix(".ops.csv"))
@@ -112,12 +114,11 @@ class BenchmarksTest(unittest.TestCase):
             self.assertGreaterEqual(log[f"reserved_{order}_bytes"][0], peak)
         self.assertTrue((log.allocation_seconds > 0).all() and (log.arena_allocation_seconds > 0).all())
 
-    @unittest.skipUnless(hasattr(ctypes.CDLL(None), "mallopt"), "needs the malloc of glibc")
     @unittest.skipUnless(available(), "no solver is installed")
     def test_the_integer_program_is_solved_in_each_form(self) -> None:
         status, log, text = self.run_with("--ilp", "-m", "deep", "-b", "99", "--solver", available()[0])
         self.assertEqual(status, 0)
-        self.assertEqual(list(log.form), list(benchmarks.FORMS))
+        self.assertEqual(list(log.form), list(FORMS))
         self.assertTrue((log.variables > 0).all() and (log.constraints > 0).all())
         for row in log[log.form.isin(["order", "address", "joint"])].itertuples():
             self.assertEqual((row.status, row.objective), ("optimal", row.bound))
@@ -136,8 +137,9 @@ class BenchmarksTest(unittest.TestCase):
         self.assertTrue((saved.measured_planned_bytes <= saved.measured_eager_bytes * (1 - saved.wanted_saving)).all())
         self.assertGreater(run.recomputed.max(), 0)
 
+    @unittest.skipUnless(hasattr(ctypes.CDLL(None), "mallopt"), "needs the malloc of glibc")
     def test_malloc_can_be_tuned(self) -> None:
-        script = "import benchmarks; benchmarks._tune_malloc()"  # for good, so in a process of its own
+        script = "from bench.malloc import tune_malloc; tune_malloc()"  # for good, so in a process of its own
         subprocess.run([sys.executable, "-c", script], cwd=Path(benchmarks.__file__).parent, check=True)
 
     def test_options_that_need_others_say_so(self) -> None:
@@ -154,5 +156,5 @@ class BenchmarksTest(unittest.TestCase):
         vision = ["alexnet", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2", "r3d_18"]
         vision += ["resnet18", "resnet50", "squeezenet1_0", "vgg11", "vgg16", "vgg19", "vit_b_16"]
         paper = {*vision, "bert", "transformer", "transformer_dflt", "xlmr"}
-        self.assertLessEqual(paper, set(benchmarks.MODELS))
-        self.assertLessEqual(set(benchmarks.QUICK), set(benchmarks.MODELS))
+        self.assertLessEqual(paper, set(MODELS))
+        self.assertLessEqual(set(QUICK), set(MODELS))

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from graphs import legal_orders
 
-import benchmarks
 import olla
+from bench.models import MODELS
 from olla import Buffer, Graph, Op, Storage
 from olla.graph.check import check
 from olla.graph.lifetimes import live_intervals, peak_bytes
@@ -115,7 +115,7 @@ class ProgramTest(unittest.TestCase):
     def test_real_models_are_ordered_and_placed_as_well_as_by_the_planners(self) -> None:
         for name in ("alexnet", "resnet18"):
             with torch.device("meta"):
-                workload = benchmarks.MODELS[name](1)
+                workload = MODELS[name](1)
                 optimizer = torch.optim.SGD(workload.model.parameters(), lr=0.1)
             graph = olla.to_graph(
                 workload.model,

@@ -13,8 +13,8 @@ from eager import EagerTestCase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import benchmarks
 import olla
+from bench.models import classification_loss, flow_loss, segmentation_loss
 
 transformers.logging.set_verbosity_error()
 CLASSES = 10
@@ -44,7 +44,7 @@ class VisionModels(EagerTestCase):
             self.assert_training_same(
                 model,
                 images,
-                loss_fn=benchmarks._classification_loss,
+                loss_fn=classification_loss,
                 targets=lambda: torch.randint(0, CLASSES, (batch,)),
             )
         with self.subTest("eval"):
@@ -118,7 +118,7 @@ class VisionModels(EagerTestCase):
         self.assert_training_same(
             model,
             images,
-            loss_fn=benchmarks._segmentation_loss,
+            loss_fn=segmentation_loss,
             targets=lambda: torch.randint(0, 21, (2, 32, 32)),
             steps=2,
         )
@@ -133,7 +133,7 @@ class VisionModels(EagerTestCase):
 
         self.assert_inference_same(model, frames)
         self.assert_training_same(
-            model, frames, loss_fn=benchmarks._flow_loss, targets=lambda: torch.randn(1, 2, 128, 128), steps=2
+            model, frames, loss_fn=flow_loss, targets=lambda: torch.randn(1, 2, 128, 128), steps=2
         )
 
 

@@ -16,7 +16,7 @@ from olla.run.arena import Counts, Replay
 from olla.run.spill import Spiller
 from olla.torch_private import cpu_allocations
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "measure", "peak_of"]
 
 Call = Callable[[], Any]
 
@@ -65,7 +65,6 @@ def measure(
     ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change. If
     ``planned`` is a ``replay`` in an arena, it allocates ``outside_bytes`` beside it. Its ``spiller`` is asked, too.
     """
-    peak_of = _cuda_peak if device.type == "cuda" else _cpu_peak
     for call in (eager, planned):
         call()  # warm up: optimizer state, caches of the kernels
     baseline_peak, _ = peak_of(eager, device)
@@ -96,15 +95,15 @@ def measure(
     )
 
 
-def _cpu_peak(call: Call, device: torch.device) -> tuple[int, None]:
-    """The running sum of all that the CPU allocator gave and took, at its highest; exact to the byte."""
-    gc.collect()
-    return max(accumulate(cpu_allocations(call)), default=0), None
+def peak_of(call: Call, device: torch.device) -> tuple[int, int | None]:
+    """The most bytes allocated, and on CUDA reserved, at once while ``call`` runs, above those at its start.
 
-
-def _cuda_peak(call: Call, device: torch.device) -> tuple[int, int]:
-    """From the statistics of CUDA's caching allocator, above the step's start."""
+    On CPU the running sum of all that the allocator gave and took, exact to the byte; on CUDA from the
+    statistics of the caching allocator.
+    """
     gc.collect()
+    if device.type != "cuda":
+        return max(accumulate(cpu_allocations(call)), default=0), None
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

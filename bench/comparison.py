@@ -1,0 +1,57 @@
+"""Rows that are run: the planned and the eager step side by side, within a budget or without."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import olla
+from bench.models import Workload
+from bench.row import Row, workload_of
+
+SAVINGS = {0.1: "10 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "all"}  # of the peak, by --rematerialization
+
+
+def compare(row: Row, options: argparse.Namespace) -> None:
+    """Plan one case; where it fits into memory, or as told, run and measure it."""
+    workload, training = workload_of(row)
+    reorder = not options.skip_node_ordering
+    if row.wanted_saving is not None:
+        training["memory_budget"] = _budget(row.wanted_saving, workload, training)
+    step = olla.optimize(workload.model, workload.inputs, **training, reorder=reorder, progress=False)
+    plan = step.plan
+    row.note(plan)
+    if not options.skip_simulation:
+        row.note_simulated(plan)
+    row.capture_seconds = step.capture_seconds
+    # Measuring keeps a copy of what lives across steps; half as much again for workspaces.
+    needed = plan.persistent_bytes * 2 + plan.baseline_peak_bytes * 3 // 2
+    if options.execute is False or (options.execute is None and needed > _available_bytes()):
+        return
+    measured = workload.call(step.measure, train=row.mode == "train")
+    row.measured_eager_bytes, row.measured_planned_bytes = measured.baseline_peak_bytes, measured.peak_bytes
+    row.measured_saving, row.time_ratio = measured.saving, measured.time_ratio
+    row.eager_step_seconds, row.planned_step_seconds = measured.baseline_step_seconds, measured.step_seconds
+    row.exact, row.arena_bytes, row.fragmentation = measured.exact, step.plan.arena_bytes, step.plan.fragmentation
+    row.missed = measured.arena.missed if measured.arena else None
+    if row.wanted_saving is not None:
+        row.recomputed, row.extra_seconds = len(step.plan.recomputed), step.plan.extra_seconds
+    row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
+
+
+def _budget(saving: float, workload: Workload, training: dict[str, Any]) -> int:
+    """The bytes that are left when this share of the eager peak is saved."""
+    plan = olla.plan(workload.model, workload.inputs, **training, place=False, progress=False)
+    budget = plan.persistent_bytes + int(plan.baseline_peak_bytes * (1 - saving))
+    if saving < 1:
+        return budget
+    try:
+        olla.plan(workload.model, workload.inputs, **training, memory_budget=budget + 1, place=False, progress=False)
+    except olla.InfeasibleError as error:
+        return error.best_bytes
+    return budget + 1
+
+
+def _available_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
