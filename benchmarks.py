@@ -6,6 +6,7 @@
     python benchmarks.py --simulate                   the same, planned only: nothing is allocated
     python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
     python benchmarks.py --rematerialization          smaller and smaller byte budgets, kept by recomputing
+    python benchmarks.py --spilling                   the same, kept by recomputing and by spilling to a file
     python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
     python benchmarks.py --peers                      PyTorch's own means to save memory, and OLLA within budgets
 
@@ -18,7 +19,8 @@ CUDA caching allocator would take from the driver for two such steps, by the mod
 olla/measure/caching_allocator.py. With --gpu-profile, both steps run op by op; on a GPU, "reserved" is
 measured, without one, what was recorded is replayed through that model.
 With --rematerialization, each step is planned and run within budgets that save 10, 25, 50 and 75 % of what eager
-PyTorch needs above what lives across steps, and within the smallest budget that is found.
+PyTorch needs above what lives across steps, and within the smallest budget that is found. With --spilling, tensors may
+also go to a file in a folder beside the log, where that takes less time, or nothing else fits.
 With --ilp, each form of the integer program is stated for each graph and given to each solver, starting from what the
 planners found: the order, the addresses for it, both jointly, and, within a byte limit halfway between the planned peak
 and what some op needs for itself, what to recompute and what to spill (at most 3 repeats; times of ops are estimated).
@@ -117,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
         help="save 10, 25, 50, 75 %% of the peak, and all that can be",
     )
     parser.add_argument(
+        "--spilling",
+        action="store_true",
+        help="the same, also by spilling to a file beside the log",
+    )
+    parser.add_argument(
         "--peers",
         action="store_true",
         help="what else saves memory, and OLLA, with a tuned malloc; a picture is drawn beside the log",
@@ -136,10 +143,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     measuring = options.execute or options.skip_simulation or options.skip_node_ordering
     measuring = measuring or (options.tuned_malloc and not options.peers)
-    others = [options.simulate, options.gpu_profile, options.ilp, options.rematerialization, options.peers]
+    options.within_budgets = options.rematerialization or options.spilling
+    others = [options.simulate, options.gpu_profile, options.ilp, options.within_budgets, options.peers]
     if sum(others) + bool(measuring) > 1 and any(others):
         parser.error(
-            "--simulate, --gpu-profile, --rematerialization, --ilp and --peers exclude each other, and how to measure"
+            "--simulate, --gpu-profile, --rematerialization or --spilling, --ilp and --peers exclude each other, "
+            "and how to measure"
         )
     if (options.generate_addresses and not options.simulate) or (
         options.profile_alloc_time and not options.gpu_profile
@@ -158,14 +167,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _cases(options: argparse.Namespace) -> list[Row]:
     names = options.model or list(QUICK if options.quick else ILP if options.ilp else MODELS)
     batches = options.batch_size or ([1] if options.quick else [1, 32])
-    modes = options.mode or (
-        ["train"] if options.quick or options.ilp or options.rematerialization else ["train", "eval"]
-    )
+    modes = options.mode or (["train"] if options.quick or options.ilp or options.within_budgets else ["train", "eval"])
     cases = [Row(*case) for case in product(names, batches, modes)]
     if options.ilp:
         tasks = list(product(options.form or FORMS, options.solver or available()))
         cases = [replace(case, form=form, solver=solver) for case in cases for form, solver in tasks]
-    if options.rematerialization:
+    if options.within_budgets:
         cases = [replace(case, wanted_saving=saving) for case in cases for saving in SAVINGS]
     return cases
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import olla
 from bench.models import Workload
 from bench.row import Row, workload_of
 
-SAVINGS = {0.1: "10 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "all"}  # of the peak, by --rematerialization
+SAVINGS = {0.1: "10 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "all"}  # of the peak, within budgets
 
 
 def compare(row: Row, options: argparse.Namespace) -> None:
-    """Plan one case; where it fits into memory, or as told, run and measure it."""
+    """Plan one case; where it fits into memory, or as told, run and measure it; spill to a folder beside the log."""
     workload, training = workload_of(row)
+    if not options.spilling:
+        return _compare(row, options, workload, training)
+    with TemporaryDirectory(dir=options.log_path.parent) as folder:
+        return _compare(row, options, workload, training | {"spill_dir": folder})
+
+
+def _compare(row: Row, options: argparse.Namespace, workload: Workload, training: dict[str, Any]) -> None:
     reorder = not options.skip_node_ordering
     if row.wanted_saving is not None:
         training["memory_budget"] = _budget(row.wanted_saving, workload, training)
@@ -36,7 +44,9 @@ def compare(row: Row, options: argparse.Namespace) -> None:
     row.exact, row.arena_bytes, row.fragmentation = measured.exact, step.plan.arena_bytes, step.plan.fragmentation
     row.missed = measured.arena.missed if measured.arena else None
     if row.wanted_saving is not None:
-        row.recomputed, row.extra_seconds = len(step.plan.recomputed), step.plan.extra_seconds
+        row.recomputed, row.spilled_bytes = len(step.plan.recomputed), measured.spilled_bytes
+        row.spill_seconds = measured.spill_seconds if step.plan.spills else None
+        row.extra_seconds, row.least_extra_seconds = step.plan.extra_seconds, step.plan.extra_seconds_lower_bound
     row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
 
 

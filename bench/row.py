@@ -50,7 +50,10 @@ class Row:
     arena_allocation_seconds: float | None = None
     wanted_saving: float | None = None  # 1: as much as possible
     recomputed: int | None = None  # ops that run again
-    extra_seconds: float | None = None  # as planned
+    spilled_bytes: int | None = None  # away, and back
+    spill_seconds: float | None = None  # that it took
+    extra_seconds: float | None = None  # for both, as planned
+    least_extra_seconds: float | None = None  # as proven
     form: str | None = None  # of the integer program
     solver: str | None = None
     variables: int | None = None

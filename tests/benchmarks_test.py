@@ -127,15 +127,20 @@ class BenchmarksTest(unittest.TestCase):
         self.assertIn("not measured here", text)
 
     def test_budgets_are_run_and_measured(self) -> None:
-        status, log, _ = self.run_with("--rematerialization", "-m", "deep", "-b", "999")
-        self.assertEqual(status, 0)
-        self.assertEqual(list(log.wanted_saving), [0.1, 0.25, 0.5, 0.75, 1.0])
-        run = log[log.measured_planned_bytes.notna()]
-        self.assertGreater(len(run), 2)
-        self.assertTrue(run.exact.all())
-        saved = run[run.wanted_saving < 1]
-        self.assertTrue((saved.measured_planned_bytes <= saved.measured_eager_bytes * (1 - saved.wanted_saving)).all())
-        self.assertGreater(run.recomputed.max(), 0)
+        for option in ("--rematerialization", "--spilling"):
+            with self.subTest(option):
+                status, log, _ = self.run_with(option, "-m", "deep", "-b", "999")
+                self.assertEqual(status, 0)
+                self.assertEqual(list(log.wanted_saving), [0.1, 0.25, 0.5, 0.75, 1.0])
+                run = log[log.measured_planned_bytes.notna()]
+                self.assertGreater(len(run), 2)
+                self.assertTrue(run.exact.all())
+                saved = run[run.wanted_saving < 1]
+                limit = saved.measured_eager_bytes * (1 - saved.wanted_saving)
+                self.assertTrue((saved.measured_planned_bytes <= limit).all())
+                self.assertTrue((run.least_extra_seconds <= run.extra_seconds).all())
+                self.assertGreater(run.recomputed.max() + run.spilled_bytes.max(), 0)
+        self.assertGreater(run.spilled_bytes.max(), 0)
 
     @unittest.skipUnless(hasattr(ctypes.CDLL(None), "mallopt"), "needs the malloc of glibc")
     def test_malloc_can_be_tuned(self) -> None:
