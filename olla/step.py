@@ -219,11 +219,12 @@ class Step:
         return trade(lowered, points, self._options)
 
     def report(self) -> Report:
-        """What was planned and, after :meth:`measure`, what was measured; print it."""
+        """What was planned and, after :meth:`measure`, what was measured; what the peak is made of. Print it."""
         execution = self._current
         counts = execution.replay.counts if execution.replay else None
         spilled = sum(transfer.size for transfer in execution.spiller.transfers)
-        return Report(self.plan, self._measurement, execution.not_executed, spilled, counts)
+        graph = execution.draft.lowered.graph
+        return Report(graph, self.plan, self._measurement, execution.not_executed, spilled, counts)
 
     def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
         latest = self._latest

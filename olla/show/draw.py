@@ -7,15 +7,97 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olla.errors import OllaError
-from olla.graph.plan import Placement
+from olla.graph.graph import Graph
+from olla.graph.plan import Placement, Plan
 from olla.place.buffers import Buffer
+from olla.show.blocks import Kind, Memory, blocks_of, eager_memory, planned_memory, total
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from olla.fit.frontier import Frontier
 
-__all__ = ["draw_frontier", "draw_placement"]
+__all__ = ["COLOURS", "draw_addresses", "draw_frontier", "draw_memory", "draw_placement"]
+
+COLOURS = {Kind.ACTIVATION: "#4c78a8", Kind.GRADIENT: "#f58518", Kind.WORKSPACE: "#9d9d9d"}
+
+
+def draw_memory(graph: Graph, plan: Plan, path: Path) -> None:
+    """Draw memory over time, of eager PyTorch and below it of the plan, on one scale: what is in memory, and the peak.
+
+    What lives across steps is not in it.
+
+    Raises
+    ------
+    OllaError
+        If matplotlib is not there, or ``path`` does not end as a picture does.
+    """
+    figure = _figure(10, 6)
+    above, below = figure.subplots(2, sharex=True, sharey=True)
+    name, unit = _unit(plan.baseline_peak_bytes)
+    _draw_memory(above, eager_memory(graph), f"eager, {name}", unit)
+    _draw_memory(below, planned_memory(graph, plan), f"planned, {name}", unit)
+    below.set(xlabel="step", ylim=(0, above.get_ylim()[1] * 1.05), xlim=(0, len(plan.order)))
+    below.axhline(plan.lower_bound_bytes / unit, color="black", linestyle=":", linewidth=1, label="lower bound")
+    handles, labels = below.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    _save(figure, path)
+
+
+def _draw_memory(axes: Axes, memory: Memory, name: str, unit: int) -> None:
+    shown = {kind: sizes for kind, sizes in memory.items() if any(sizes)}
+    layers = [[size / unit for size in sizes] for sizes in shown.values()]
+    steps = range(len(layers[0]) + 1 if layers else 0)
+    axes.stackplot(
+        steps,
+        *[[*layer, layer[-1]] for layer in layers],
+        labels=[kind.value for kind in shown],
+        colors=[COLOURS[kind] for kind in shown],
+        step="post",
+        linewidth=0,
+    )
+    sizes = total(memory)
+    if sizes:
+        peak = max(sizes)
+        axes.plot(sizes.index(peak) + 0.5, peak / unit, "v", color="black", markersize=5)
+        axes.annotate(
+            f"{peak / unit:,.2f} at step {sizes.index(peak)}",
+            (sizes.index(peak) + 0.5, peak / unit),
+            (6, 4),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.set(ylabel=name)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_addresses(graph: Graph, plan: Plan, path: Path) -> None:
+    """Draw the arena of a plan: steps to the right, addresses upwards; above it, what outlives the step.
+
+    Raises
+    ------
+    OllaError
+        If the plan has no addresses, matplotlib is not there, or ``path`` does not end as a picture does.
+    """
+    blocks = [block for block in blocks_of(graph, plan) if block.offset is not None]
+    if plan.arena_bytes is None:
+        raise OllaError(
+            "this plan has no addresses to draw: they are planned by olla plan --place, or by a step's runs"
+        )
+    figure = _figure(10, 6)
+    axes = figure.subplots()
+    name, unit = _unit(plan.arena_bytes)
+    for kind, colour in COLOURS.items():
+        shown = [block for block in blocks if block.kind is kind]
+        _draw_rectangles(axes, [(b.start, b.end, b.offset or 0, b.size) for b in shown], colour, unit, kind.value)
+    axes.axhline(plan.arena_bytes / unit, color="black", linewidth=1, label="arena; above it, what outlives the step")
+    axes.set(xlabel="step", ylabel=f"address, {name}", ylim=0, xlim=(0, len(plan.order)))
+    title = f"{len(blocks):,} blocks in {plan.arena_bytes:,} bytes, {plan.fragmentation:.2%} of it fragmentation"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower right", ncols=4, frameon=False)
+    _save(figure, path)
 
 
 def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) -> None:
@@ -28,23 +110,33 @@ def draw_placement(buffers: Sequence[Buffer], placement: Placement, path: Path) 
     """
     figure = _figure(10, 6)
     axes = figure.subplots()
-    name, unit = ("MiB", 2**20) if placement.arena_bytes >= 2**20 else ("bytes", 1)
-    axes.bar(
-        [buffer.lower for buffer in buffers],
-        [buffer.size / unit for buffer in buffers],
-        [buffer.upper - buffer.lower for buffer in buffers],
-        [offset / unit for offset in placement.offsets],
-        align="edge",
-        color=[f"C{index % 10}" for index in range(len(buffers))],
-        edgecolor="white",
-        linewidth=0.3,
-    )
+    name, unit = _unit(placement.arena_bytes)
+    placed = zip(buffers, placement.offsets, strict=True)
+    rectangles = [(buffer.lower, buffer.upper, offset, buffer.size) for buffer, offset in placed]
+    _draw_rectangles(axes, rectangles, [f"C{index % 10}" for index in range(len(buffers))], unit)
     axes.axhline(placement.lower_bound_bytes / unit, color="black", linestyle=":", linewidth=1, label="lower bound")
     axes.set(xlabel="time", ylabel=f"address, {name}", ylim=0)
     axes.set_title(f"{len(buffers):,} buffers in {placement.arena_bytes:,} bytes", loc="left", fontsize=10)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def _draw_rectangles(
+    axes: Axes, rectangles: Sequence[tuple[int, int, int, int]], colour: str | list[str], unit: int, label: str = ""
+) -> None:
+    """Draw (start, end, offset, bytes)."""
+    axes.bar(
+        [start for start, _, _, _ in rectangles],
+        [size / unit for _, _, _, size in rectangles],
+        [end - start for start, end, _, _ in rectangles],
+        [offset / unit for _, _, offset, _ in rectangles],
+        align="edge",
+        color=colour,
+        edgecolor="white",
+        linewidth=0.3,
+        label=label,
+    )
 
 
 def draw_frontier(frontier: Frontier, path: str | Path) -> None:
@@ -68,6 +160,10 @@ def draw_frontier(frontier: Frontier, path: str | Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def _unit(size: int) -> tuple[str, int]:
+    return ("MiB", 2**20) if size >= 2**20 else ("bytes", 1)
 
 
 def _figure(width: float, height: float) -> Figure:
