@@ -9,11 +9,12 @@ from itertools import accumulate
 from operator import add
 from pathlib import PurePath
 
+from olla.errors import OllaError
 from olla.graph.graph import Graph, Op
 from olla.graph.lifetimes import Spill, live_intervals
 from olla.graph.plan import Plan
 
-__all__ = ["Block", "Kind", "Memory", "blocks_of", "eager_memory", "origin", "planned_memory", "total"]
+__all__ = ["Block", "Kind", "Memory", "blocks_of", "placed_blocks", "eager_memory", "origin", "planned_memory", "total"]
 
 Memory = Mapping["Kind", tuple[int, ...]]  # bytes of each kind, step by step
 
@@ -67,6 +68,21 @@ def blocks_of(graph: Graph, plan: Plan) -> tuple[Block, ...]:
         if size:
             found.append(Block(None, "workspace", Kind.WORKSPACE, op, step, step + 1, size, offset))
     return tuple(found)
+
+
+def placed_blocks(graph: Graph, plan: Plan) -> tuple[Block, ...]:
+    """:func:`blocks_of` a plan with addresses.
+
+    Raises
+    ------
+    OllaError
+        If the plan has none.
+    """
+    if plan.arena_bytes is None:
+        raise OllaError(
+            "this plan has no addresses to show: olla plan --place makes them, and a step after its first runs"
+        )
+    return blocks_of(graph, plan)
 
 
 def planned_memory(graph: Graph, plan: Plan) -> Memory:

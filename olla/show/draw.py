@@ -10,7 +10,7 @@ from olla.errors import OllaError
 from olla.graph.graph import Graph
 from olla.graph.plan import Placement, Plan
 from olla.place.buffers import Buffer
-from olla.show.blocks import Kind, Memory, blocks_of, eager_memory, planned_memory, total
+from olla.show.blocks import Kind, Memory, eager_memory, placed_blocks, planned_memory, total
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from olla.fit.frontier import Frontier
 
-__all__ = ["COLOURS", "draw_addresses", "draw_frontier", "draw_memory", "draw_placement"]
+__all__ = ["draw_addresses", "draw_frontier", "draw_memory", "draw_placement"]
 
-COLOURS = {Kind.ACTIVATION: "#4c78a8", Kind.GRADIENT: "#f58518", Kind.WORKSPACE: "#9d9d9d"}
+_COLOURS = {Kind.ACTIVATION: "#4c78a8", Kind.GRADIENT: "#f58518", Kind.WORKSPACE: "#9d9d9d"}
 
 
 def draw_memory(graph: Graph, plan: Plan, path: Path) -> None:
@@ -53,21 +53,17 @@ def _draw_memory(axes: Axes, memory: Memory, name: str, unit: int) -> None:
         steps,
         *[[*layer, layer[-1]] for layer in layers],
         labels=[kind.value for kind in shown],
-        colors=[COLOURS[kind] for kind in shown],
+        colors=[_COLOURS[kind] for kind in shown],
         step="post",
         linewidth=0,
     )
     sizes = total(memory)
     if sizes:
-        peak = max(sizes)
-        axes.plot(sizes.index(peak) + 0.5, peak / unit, "v", color="black", markersize=5)
-        axes.annotate(
-            f"{peak / unit:,.2f} at step {sizes.index(peak)}",
-            (sizes.index(peak) + 0.5, peak / unit),
-            (6, 4),
-            textcoords="offset points",
-            fontsize=9,
-        )
+        peak, step = max(sizes), sizes.index(max(sizes))
+        at, side = (step + 0.5, peak / unit), ("left", 6) if step < len(sizes) / 2 else ("right", -6)
+        axes.plot(*at, "v", color="black", markersize=5)
+        text = f"peak {peak / unit:,.2f} at step {step}"
+        axes.annotate(text, at, (side[1], 4), textcoords="offset points", ha=side[0], fontsize=9)
     axes.set(ylabel=name)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -80,20 +76,16 @@ def draw_addresses(graph: Graph, plan: Plan, path: Path) -> None:
     OllaError
         If the plan has no addresses, matplotlib is not there, or ``path`` does not end as a picture does.
     """
-    blocks = [block for block in blocks_of(graph, plan) if block.offset is not None]
-    if plan.arena_bytes is None:
-        raise OllaError(
-            "this plan has no addresses to draw: they are planned by olla plan --place, or by a step's runs"
-        )
+    blocks, arena = placed_blocks(graph, plan), plan.arena_bytes or 0
     figure = _figure(10, 6)
     axes = figure.subplots()
-    name, unit = _unit(plan.arena_bytes)
-    for kind, colour in COLOURS.items():
+    name, unit = _unit(arena)
+    for kind, colour in _COLOURS.items():
         shown = [block for block in blocks if block.kind is kind]
         _draw_rectangles(axes, [(b.start, b.end, b.offset or 0, b.size) for b in shown], colour, unit, kind.value)
-    axes.axhline(plan.arena_bytes / unit, color="black", linewidth=1, label="arena; above it, what outlives the step")
+    axes.axhline(arena / unit, color="black", linewidth=1, label="arena; above it, what outlives the step")
     axes.set(xlabel="step", ylabel=f"address, {name}", ylim=0, xlim=(0, len(plan.order)))
-    title = f"{len(blocks):,} blocks in {plan.arena_bytes:,} bytes, {plan.fragmentation:.2%} of it fragmentation"
+    title = f"{len(blocks):,} blocks in {arena:,} bytes, {plan.fragmentation:.2%} of it fragmentation"
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower right", ncols=4, frameon=False)
