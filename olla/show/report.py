@@ -154,8 +154,8 @@ class Report:
     @property
     def _repeats(self) -> str:
         often = Counter(self.graph.ops[op].name for op in self.plan.recomputed).most_common()
-        rest = sum(count for _, count in often[_NAMED:])
-        return ", ".join([*(f"{count} x {name}" for name, count in often[:_NAMED]), *([f"{rest} others"] * (rest > 0))])
+        named = [f"{count} x {name}" for name, count in often[:_NAMED]]
+        return ", ".join([*named, "and others"] if len(often) > _NAMED else named)
 
     @property
     def _figures(self) -> list[tuple[str, ...]]:
