@@ -137,7 +137,7 @@ class StepTest(FileTestCase):
         trace = json.loads((self.folder / "step.json").read_text())
         took = [event["dur"] for event in trace["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
         self.assertEqual(len(took), len(plan.order))
-        self.assertAlmostEqual(sum(took), sum(seconds) * 1e6, places=3)
+        self.assertAlmostEqual(sum(took), sum(seconds) * 1e6, delta=1)
         snapshot = pickle.loads((self.folder / "step.pickle").read_bytes())
         self.assertEqual(peak_of(snapshot), plan.peak_bytes)
         allocated = [event for event in snapshot["device_traces"][0] if event["action"] == "alloc"]
@@ -222,14 +222,14 @@ class TraceTest(FileTestCase):
             events[event["ph"]].append(event)
         self.assertEqual([e["args"]["name"] for e in events["M"]], ["planned", "eager PyTorch"])
         slices = [e for e in events["X"] if e["pid"] == 1]
-        self.assertEqual([(e["name"], e["ts"], e["dur"]) for e in slices][2], ("c", 3e6, 4e6))
+        self.assertEqual([(e["name"], e["ts"], e["dur"]) for e in slices][2], ("c", 3_000_000, 4_000_000))
         self.assertEqual(slices[2]["args"], {"step": 2, "op": 2, "source": "net.py:3", "again": False})
         self.assertEqual([sum(e["args"].values()) for e in events["C"] if e["pid"] == 1], [6, 8, 2, 6])
         self.assertEqual(
             [sum(e["args"].values()) for e in events["C"] if e["pid"] == 2], list(total(eager_memory(graph)))
         )
         [begin], [end] = events["b"], events["e"]
-        self.assertEqual((begin["name"], begin["ts"], end["ts"]), ("x is away", 3e6, 7e6))
+        self.assertEqual((begin["name"], begin["ts"], end["ts"]), ("x is away", 3_000_000, 7_000_000))
 
 
 class PageTest(FileTestCase):

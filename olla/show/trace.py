@@ -43,7 +43,8 @@ def _process(
     spills: Sequence[Spill] = (),
 ) -> Iterator[Event]:
     yield {"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}
-    times = [time * 1e6 for time in accumulate((seconds[op] for op in order), initial=0.0)]  # microseconds
+    # Whole microseconds, so that no slice reaches into the next one when a viewer rounds.
+    times = [round(time * 1e6) for time in accumulate((seconds[op] for op in order), initial=0.0)]
     seen: set[int] = set()
     for step, op in enumerate(order):
         described = {"step": step, "op": op, "source": origin(graph.ops[op]), "again": op in seen}
