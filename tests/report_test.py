@@ -45,6 +45,9 @@ class ReportTest(unittest.TestCase):
             self.assertIn(f"{size / 2**20:,.2f} MiB", text)
             self.assertIn(f"{size / 2**20:,.2f} MiB", markdown)
         self.assertIn(step.plan.method, text)
+        data = json.loads(json.dumps(step.report().to_dict()))
+        self.assertEqual(data["measured"]["peak_bytes"], measured.peak_bytes)
+        self.assertEqual(data["measured"]["arena"]["hits"], measured.arena.hits)
 
     def test_it_names_what_is_in_memory_at_the_peak_and_the_lines_of_the_model(self) -> None:
         model, x = Model(), torch.randn(4096, 256)

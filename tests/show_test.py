@@ -62,6 +62,11 @@ class FormatsTest(FileTestCase):
             draw(graph, planned(graph), self.folder / name, what)
             self.assertTrue((self.folder / name).read_bytes().startswith(beginning), name)
 
+    def test_a_step_without_bytes_and_one_without_ops_are_drawn(self) -> None:
+        for graph in (Graph((Op("nothing"),), ()), Graph((), ())):
+            for name, what in (("a.png", "memory"), ("b.png", "addresses"), ("a.html", None), ("a.json", None)):
+                draw(graph, planned(graph), self.folder / name, what)
+
     def test_pictures_say_what_they_show(self) -> None:
         graph = Graph(
             (Op("f", creates=(0,), workspace=5), Op("g", creates=(1,), reads=(0,), backward=True)),

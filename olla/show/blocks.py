@@ -14,7 +14,7 @@ from olla.graph.graph import Graph, Op
 from olla.graph.lifetimes import Spill, live_intervals
 from olla.graph.plan import Plan
 
-__all__ = ["Block", "Kind", "Memory", "blocks_of", "placed_blocks", "eager_memory", "origin", "planned_memory", "total"]
+__all__ = ["Block", "Kind", "Memory", "blocks_of", "eager_memory", "origin", "placed_blocks", "planned_memory", "total"]
 
 Memory = Mapping["Kind", tuple[int, ...]]  # bytes of each kind, step by step
 

@@ -38,7 +38,7 @@ def draw_memory(graph: Graph, plan: Plan, path: Path) -> None:
     name, unit = _unit(plan.baseline_peak_bytes)
     _draw_memory(above, eager_memory(graph), f"eager, {name}", unit)
     _draw_memory(below, planned_memory(graph, plan), f"planned, {name}", unit)
-    below.set(xlabel="step", ylim=(0, above.get_ylim()[1] * 1.05), xlim=(0, len(plan.order)))
+    below.set(xlabel="step", ylim=(0, above.get_ylim()[1] * 1.05), xlim=(0, max(1, len(plan.order))))
     below.axhline(plan.lower_bound_bytes / unit, color="black", linestyle=":", linewidth=1, label="lower bound")
     handles, labels = below.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
@@ -46,19 +46,17 @@ def draw_memory(graph: Graph, plan: Plan, path: Path) -> None:
 
 
 def _draw_memory(axes: Axes, memory: Memory, name: str, unit: int) -> None:
-    shown = {kind: sizes for kind, sizes in memory.items() if any(sizes)}
-    layers = [[size / unit for size in sizes] for sizes in shown.values()]
-    steps = range(len(layers[0]) + 1 if layers else 0)
-    axes.stackplot(
-        steps,
-        *[[*layer, layer[-1]] for layer in layers],
-        labels=[kind.value for kind in shown],
-        colors=[_COLOURS[kind] for kind in shown],
-        step="post",
-        linewidth=0,
-    )
     sizes = total(memory)
-    if sizes:
+    if any(sizes):
+        shown = {kind: of_kind for kind, of_kind in memory.items() if any(of_kind)}
+        axes.stackplot(
+            range(len(sizes) + 1),
+            *[[size / unit for size in (*of_kind, of_kind[-1])] for of_kind in shown.values()],
+            labels=[kind.value for kind in shown],
+            colors=[_COLOURS[kind] for kind in shown],
+            step="post",
+            linewidth=0,
+        )
         peak, step = max(sizes), sizes.index(max(sizes))
         at, side = (step + 0.5, peak / unit), ("left", 6) if step < len(sizes) / 2 else ("right", -6)
         axes.plot(*at, "v", color="black", markersize=5)
@@ -84,7 +82,7 @@ def draw_addresses(graph: Graph, plan: Plan, path: Path) -> None:
         shown = [block for block in blocks if block.kind is kind]
         _draw_rectangles(axes, [(b.start, b.end, b.offset or 0, b.size) for b in shown], colour, unit, kind.value)
     axes.axhline(arena / unit, color="black", linewidth=1, label="arena; above it, what outlives the step")
-    axes.set(xlabel="step", ylabel=f"address, {name}", ylim=0, xlim=(0, len(plan.order)))
+    axes.set(xlabel="step", ylabel=f"address, {name}", ylim=0, xlim=(0, max(1, len(plan.order))))
     title = f"{len(blocks):,} blocks in {arena:,} bytes, {plan.fragmentation:.2%} of it fragmentation"
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
