@@ -15,6 +15,7 @@ from olla.show.blocks import Block, placed_blocks
 __all__ = ["write_snapshot"]
 
 _ARENA = 2**40  # where the arena is said to begin
+_PROTOCOL = 4  # the visualizer reads no later one
 
 Event = dict[str, Any]
 
@@ -32,7 +33,7 @@ def write_snapshot(graph: Graph, plan: Plan, path: Path) -> None:
     """
     blocks = placed_blocks(graph, plan)
     outside = [block for block in blocks if block.outside]
-    segments = [_segment(_ARENA, plan.arena_bytes or 0, "inactive", [])]
+    segments = [_segment(_ARENA, plan.arena_bytes, "inactive", [])] if plan.arena_bytes else []
     segments += [_segment(_address(b), b.size, "active_allocated", _frames(graph.ops[b.op])) for b in outside]
     created = [_event("segment_alloc", s["address"], s["total_size"], 0, s["frames"]) for s in segments]
     data = {
@@ -41,7 +42,7 @@ def write_snapshot(graph: Graph, plan: Plan, path: Path) -> None:
         "allocator_settings": {},
         "external_annotations": [],
     }
-    path.write_bytes(pickle.dumps(data))
+    path.write_bytes(pickle.dumps(data, _PROTOCOL))
 
 
 def _events(graph: Graph, plan: Plan, blocks: tuple[Block, ...]) -> Iterator[Event]:
@@ -86,8 +87,7 @@ def _address(block: Block) -> int:
 
 
 def _allocate(graph: Graph, block: Block) -> Event:
-    op = graph.ops[block.op]
-    return _event("alloc", _address(block), block.size, block.start, _frames(op)) | {"category": block.kind.value}
+    return _event("alloc", _address(block), block.size, block.start, _frames(graph.ops[block.op]))
 
 
 def _free(graph: Graph, block: Block, step: int) -> Iterator[Event]:
