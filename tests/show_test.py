@@ -197,7 +197,40 @@ class SnapshotTest(FileTestCase):
 
     def test_the_unpickler_of_the_visualizer_knows_all_of_it(self) -> None:
         # https://github.com/pytorch/pytorch/blob/main/torch/utils/viz/MemoryViz.js, unpickle()
-        known = ["PROTO", "FRAME", "MARK", "STOP", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"]
+        known = [
+            "PROTO",
+            "FRAME",
+            "MARK",
+            "STOP",
+            "MEMOIZE",
+            "BINGET",
+            "LONG_BINGET",
+            "BINPUT",
+            "LONG_BINPUT",
+            "NONE",
+            "NEWTRUE",
+            "NEWFALSE",
+            "BININT",
+            "BININT1",
+            "BININT2",
+            "LONG1",
+            "BINFLOAT",
+            "SHORT_BINUNICODE",
+            "BINUNICODE",
+            "EMPTY_LIST",
+            "LIST",
+            "APPEND",
+            "APPENDS",
+            "EMPTY_TUPLE",
+            "TUPLE",
+            "TUPLE1",
+            "TUPLE2",
+            "TUPLE3",
+            "EMPTY_DICT",
+            "DICT",
+            "SETITEM",
+            "SETITEMS",
+        ]
         self.snapshot(diamond(), planned(diamond()))
         opcodes = list(pickletools.genops((self.folder / "plan.pickle").read_bytes()))
         self.assertLessEqual({opcode.name for opcode, _, _ in opcodes}, set(known))
