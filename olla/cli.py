@@ -12,6 +12,7 @@ from olla.errors import InfeasibleError, OllaError
 from olla.graph.check import check, verify
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
+from olla.show import draw
 from olla.show.progress import stage
 from olla.solve import require
 
@@ -53,11 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the placement (needs matplotlib)")
     place.set_defaults(run=_place)
 
-    draw = commands.add_parser("draw", help="write a graph as DOT, or draw it with Graphviz (needs pydot)")
-    draw.add_argument("graph", type=Path, metavar="GRAPH.json")
-    draw.add_argument("out", type=Path, metavar="FILE.dot|.svg|.png|.pdf")
-    draw.add_argument("--plan", type=Path, metavar="PLAN.json", help="number the ops by their steps, mark the peak")
-    draw.set_defaults(run=_draw)
+    drawing = commands.add_parser(
+        "draw",
+        help="draw a plan, or a graph",
+        description="Pictures need matplotlib, those of a graph pydot and Graphviz; .dot pydot; the rest nothing.",
+    )
+    drawing.add_argument("graph", type=Path, metavar="GRAPH.json")
+    drawing.add_argument(
+        "out",
+        type=Path,
+        metavar="FILE",
+        help=".png, .svg, .pdf: a picture; .html: a page to explore; .dot: the graph; "
+        ".json: a trace for Perfetto; .pickle: a snapshot for PyTorch's memory visualizer",
+    )
+    drawing.add_argument("--plan", type=Path, metavar="PLAN.json", help="without it, only the graph can be drawn")
+    drawing.add_argument(
+        "--what",
+        choices=("memory", "addresses", "graph"),
+        help="of a picture; default: memory with a plan, else the graph",
+    )
+    drawing.set_defaults(run=_draw)
 
     model = commands.add_parser("model", help="write the integer program of a graph, to study it or to solve elsewhere")
     model.add_argument("graph", type=Path, metavar="GRAPH.json")
@@ -144,12 +160,8 @@ def _place(options: argparse.Namespace) -> int:
 
 
 def _draw(options: argparse.Namespace) -> int:
-    from olla.show.dot import write_dot
-
     graph, plan = Graph.load(options.graph), Plan.load(options.plan) if options.plan else None
-    if plan is not None:
-        verify(graph, plan)
-    write_dot(graph, options.out, plan)
+    draw(graph, plan, options.out, options.what)
     print(f"{len(graph.ops):,} ops and {len(graph.storages):,} storages are in {options.out}")
     return 0
 

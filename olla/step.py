@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from olla.measure.profile import MemoryProfile, profile
 from olla.planning import Draft, Options, capture, draft, trade, with_estimated_addresses
 from olla.run.arena import Arena
 from olla.run.spill import SpillSpace, require_spill_dir
+from olla.show.formats import Drawing, draw
 from olla.show.report import Report
 from olla.torch_private import flatten
 
@@ -219,11 +221,20 @@ class Step:
         return trade(lowered, points, self._options)
 
     def report(self) -> Report:
-        """What was planned and, after :meth:`measure`, what was measured; print it."""
+        """What was planned and, after :meth:`measure`, what was measured; what the peak is made of. Print it."""
         execution = self._current
         counts = execution.replay.counts if execution.replay else None
         spilled = sum(transfer.size for transfer in execution.spiller.transfers)
-        return Report(self.plan, self._measurement, execution.not_executed, spilled, counts)
+        graph = execution.draft.lowered.graph
+        return Report(graph, self.plan, self._measurement, execution.not_executed, spilled, counts)
+
+    def draw(self, path: str | Path, what: Drawing | None = None) -> None:
+        """Draw the plan used last, in the form that the ending of ``path`` says: see :func:`olla.show.draw`.
+
+        Times in a trace are estimated until the step has been recorded.
+        """
+        draft = self._current.draft
+        draw(draft.lowered.graph, draft.plan, path, what, seconds=draft.seconds)
 
     def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
         latest = self._latest

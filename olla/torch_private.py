@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -42,12 +42,15 @@ __all__ = [
     "fake_mode",
     "fake_tensor",
     "flatten",
+    "graph_being_traced",
     "has_step_hooks",
     "identity",
     "inductor",
     "is_wrapped_by_scheduler",
+    "latest_autograd_node",
     "real_tensors",
     "remove_step_hooks",
+    "running_autograd_node",
     "storage_key",
     "trace_fake",
     "unflatten",
@@ -96,7 +99,25 @@ def real_tensors() -> AbstractContextManager[Any]:
 
 def trace_fake(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
     """Run ``function`` on fake tensors and record every operator call, with shapes in ``meta["val"]``."""
-    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*args)
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+
+
+def graph_being_traced() -> fx.Graph:
+    """What :func:`trace_fake` has recorded so far, for use inside of the function that it runs."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer.graph
+
+
+def latest_autograd_node() -> int:
+    """The number of the autograd node that was made last: while an operator runs that has one, its own."""
+    return int(torch._C._autograd._get_sequence_nr()) - 1
+
+
+def running_autograd_node() -> int | None:
+    """The number of the autograd node that runs; None outside of a backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -78,6 +78,20 @@ class CommandLineTest(unittest.TestCase):
         [red] = [node.get_name() for node in drawing.get_nodes() if node.get_fillcolor()]
         self.assertEqual(red, "op2")  # start 4, wide 10, narrow 1
 
+    def test_a_plan_is_drawn_as_its_file_is_named(self) -> None:
+        self.run_main("plan", self.graph, "--place", "--alignment", 1, "--out", self.plan)
+        page, picture, arena = (self.folder / name for name in ("plan.html", "plan.svg", "arena.svg"))
+        for out, what in ((page, ()), (picture, ()), (arena, ("--what", "addresses"))):
+            status, text, _ = self.run_main("draw", self.graph, out, "--plan", self.plan, *what)
+            self.assertEqual((status, text), (0, f"6 ops and 6 storages are in {out}\n"))
+        self.assertIn('"arena":15', page.read_text())
+        self.assertIn("<!-- peak 15.00 at step 2 -->", picture.read_text())
+        self.assertIn("of it fragmentation", arena.read_text())
+        for out, message in ((page, "nothing without a plan"), (self.folder / "plan.txt", "known endings: .dot")):
+            status, _, error = self.run_main("draw", self.graph, out)
+            self.assertEqual(status, 2)
+            self.assertIn(message, error)
+
     @unittest.skipUnless(shutil.which("dot"), "Graphviz is not installed")
     def test_a_graph_is_drawn_by_graphviz(self) -> None:
         picture = self.folder / "graph.svg"

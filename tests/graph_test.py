@@ -57,7 +57,9 @@ class GraphTest(unittest.TestCase):
     def test_names_do_not_change_the_digest(self) -> None:
         graph = diamond()
         renamed = Graph(
-            tuple(replace(op, name="op", source="x.py:1") for op in graph.ops), graph.storages, graph.outputs
+            tuple(replace(op, name="op", source="x.py:1", backward=True) for op in graph.ops),
+            graph.storages,
+            graph.outputs,
         )
         self.assertEqual(graph.digest, renamed.digest)
 

@@ -175,6 +175,41 @@ class LowerTest(unittest.TestCase):
         self.assertEqual(Path(file).name, "lower_test.py")
         self.assertIn("F.gelu(x)", Path(file).read_text().splitlines()[int(line) - 1])
 
+    def test_an_op_of_the_backward_pass_knows_the_line_that_it_differentiates(self) -> None:
+        class Lines(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(300, 300))
+
+            def forward(self, x: Tensor) -> Tensor:
+                hidden = torch.tanh(x @ self.weight)
+                return hidden.exp().sum()
+
+        model = Lines()
+
+        def train_step(x: Tensor) -> Tensor:
+            loss = model(x) * 2
+            loss.backward()
+            return loss.detach()
+
+        graph = olla.optimize_step(train_step, (torch.randn(4, 300),), model=model)._current.draft.lowered.graph
+        lines = Path(__file__).read_text().splitlines()
+        for forward, backward, code in (
+            ("aten.tanh", "aten.tanh_backward", "hidden = torch.tanh(x @ self.weight)"),
+            ("aten.mm", "aten.mm", "hidden = torch.tanh(x @ self.weight)"),
+            ("aten.exp", "aten.mul", "return hidden.exp().sum()"),
+            ("aten.mul", "aten.mul", "loss = model(x) * 2"),
+        ):
+            for name, is_backward in ((forward, False), (backward, True)):
+                ops = [op for op in graph.ops if op.name.startswith(f"{name}.") and op.backward == is_backward]
+                found = {lines[int(op.source.rsplit(":", 1)[1]) - 1].strip() for op in ops}
+                self.assertIn(code, found, f"{name}, backward: {is_backward}")
+
+    def test_what_calls_the_step_is_no_line_of_it(self) -> None:
+        model = nn.Linear(3, 2)
+        graph = self.lowered(model, torch.randn(4, 3), optimizer=sgd(model.parameters()))
+        self.assertEqual({op.source for op in graph.ops}, {""})
+
     def test_random_operators_are_in_one_chain(self) -> None:
         class Draws(nn.Module):
             def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from olla.capture.program import Program
-from olla.capture.source import line_of_trace
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
@@ -108,7 +107,7 @@ class _Builder:
             self._add_storage(t, node.name, eager=wider) for t in _tensors(node) if storage_key(t) not in self.ids
         ]
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
-        self._append(node, str(node.target), creates, reads, writes, workspace_bytes(node), once)
+        self._append(node, _name(node), creates, reads, writes, workspace_bytes(node), once)
 
     def add_update(self, program: Program, traced: Trace, node: fx.Node) -> None:
         slot = node.args[2]
@@ -151,7 +150,8 @@ class _Builder:
                 reads=tuple(sorted(reads)),
                 writes=tuple(sorted(writes)),
                 workspace=workspace,
-                source=line_of_trace(node.meta.get("stack_trace") or ""),
+                source=node.meta.get("source", ""),
+                backward=node.meta.get("backward", False),
                 writes_once=tuple(sorted(writes_once)),
                 reused=spared_bytes(node) + (node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0),
             )
@@ -179,6 +179,11 @@ def tensors_of(value: object) -> list[Tensor]:
     """The tensors with bytes of their own in what a call returns; of a sparse one, its indices and values."""
     leaves, _ = flatten(value)
     return [part for leaf in leaves if isinstance(leaf, Tensor) for part in dense_parts(leaf)]
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:

@@ -1,17 +1,29 @@
-"""Where in the user's code something happened: the innermost line outside PyTorch and OLLA."""
+"""Where in the user's code something happens: the innermost line outside PyTorch and OLLA."""
 
 from __future__ import annotations
 
-import re
+import os
+import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
 
 import torch
+from torch import fx
 
-__all__ = ["line_of_error", "line_of_trace"]
+from olla.torch_private import (
+    OpOverload,
+    TorchDispatchMode,
+    graph_being_traced,
+    latest_autograd_node,
+    running_autograd_node,
+)
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
-_FRAME = re.compile(r'File "(.+)", line (\d+)')
+__all__ = ["SourceRecorder", "line_of_error"]
+
+_LIBRARIES = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep, "<")
 
 
 def line_of_error(error: BaseException) -> str:
@@ -20,7 +32,46 @@ def line_of_error(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
-def line_of_trace(text: str) -> str:
-    """``file:line`` of the user's innermost line in a printed stack; empty if there is none."""
-    frames = [(file, line) for file, line in _FRAME.findall(text) if not file.startswith(_LIBRARIES)]
-    return ":".join(frames[-1]) if frames else ""
+class SourceRecorder(TorchDispatchMode):
+    """Notes where each call comes from that is traced inside: ``source`` and ``backward`` in the ``meta`` of its node.
+
+    ``source`` is ``file:line`` of the user's innermost line, below the function whose code is ``root``; empty if
+    there is none. ``backward`` is whether autograd makes the call; its source is then that of the forward call which
+    autograd differentiates.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, root: CodeType) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own has no types
+        self._root = root
+        self._sources: dict[int, str] = {}  # of the forward call that made each autograd node
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        nodes = graph_being_traced().nodes
+        before: fx.Node = next(iter(reversed(nodes)))
+        result = func(*args, **(kwargs or {}))
+        running, line = running_autograd_node(), self._line()
+        if running is None:
+            # It is the first call that sees the node which was made for it; those after it may make none.
+            self._sources.setdefault(latest_autograd_node(), line)
+        source = line if running is None else self._sources.get(running, line)
+        for node in reversed(nodes):
+            if node is before:
+                break
+            node.meta.update(source=source, backward=running is not None)
+        return result
+
+    def _line(self) -> str:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code is not self._root:
+            if not frame.f_code.co_filename.startswith(_LIBRARIES):
+                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            frame = frame.f_back
+        return ""

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from olla.capture.program import Program
 from olla.capture.restore import unchanged
 from olla.capture.rewrite import rewrite
-from olla.capture.source import line_of_error
+from olla.capture.source import SourceRecorder, line_of_error
 from olla.capture.updates import Update, UpdateRecorder
 from olla.errors import CaptureError, OllaError
 from olla.torch_private import (
@@ -142,6 +142,7 @@ class _Attempt:
             with ExitStack() as stack, torch.enable_grad():
                 for optimizer in program.optimizers:
                     stack.enter_context(self.recorder.installed(optimizer, by_id))
+                stack.enter_context(SourceRecorder(call.__code__))
                 result = program.function(*args, **kwargs)
             _write_back_rebound_buffers(program, twins)
             return result

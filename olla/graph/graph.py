@@ -47,7 +47,8 @@ class Op:
     reads: tuple[int, ...] = ()  # storages that it reads and leaves as they are
     writes: tuple[int, ...] = ()  # storages that exist already and that it changes in place
     workspace: int = 0  # bytes that it holds only while it runs
-    source: str = ""  # the line of the model it comes from, if known
+    source: str = ""  # the line of the model it comes from, if known; in backward, that of what is differentiated
+    backward: bool = False  # it runs in a backward pass: what it creates are gradients
     writes_once: tuple[int, ...] = ()  # of the writes, those to persistent storages that a repeat does without
     reused: int = 0  # bytes that eager PyTorch takes besides: a result that is written over an input here, temporaries
 
@@ -115,7 +116,7 @@ class Graph:
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of all that a plan depends on, which names and sources are not."""
+        """A fingerprint of all that a plan depends on, which names, sources and passes are not."""
         ops = [(op.creates, op.reads, op.writes, op.workspace, op.writes_once, op.reused) for op in self.ops]
         storages = [(storage.size, storage.persistent, storage.spared) for storage in self.storages]
         return hashlib.sha256(json.dumps([ops, storages, self.outputs]).encode()).hexdigest()

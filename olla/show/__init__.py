@@ -1,1 +1,5 @@
-"""For people: progress and reports."""
+"""For people: progress, reports, pictures, pages and traces."""
+
+from olla.show.formats import draw
+
+__all__ = ["draw"]
