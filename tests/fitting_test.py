@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import unittest
+from collections.abc import Iterator
 from itertools import pairwise
 
 from fit_form_test import chain, least_bytes
@@ -11,7 +12,7 @@ from graphs import diamond
 from ilp_test import random_graph
 
 import olla
-from olla import Graph, InfeasibleError, Op, Plan, Storage
+from olla import Graph, InfeasibleError, Op, Plan, Schedule, Storage
 from olla.fit.fitting import Fitting, fitted
 from olla.fit.frontier import frontier
 from olla.fit.spill import Bandwidth
@@ -44,6 +45,16 @@ def training(layers: int, *, in_place: bool = False, drops: bool = False) -> Gra
         ops.append(Op(f"update {i}", reads=(of_weight,), writes=(2 + i,)))
         gradient = back
     return Graph(tuple(ops), tuple(storages))
+
+
+def tight_cases(draw: random.Random) -> Iterator[tuple[Graph, Schedule, list[float], int]]:
+    """Small graphs, their best orders, seconds of ops, and budgets below the peaks of these."""
+    while True:
+        graph = random_graph(draw, draw.randint(4, 7))
+        start, least = olla.schedule(graph), least_bytes(graph)
+        if least < start.peak_bytes:
+            seconds = [float(draw.randint(1, 9)) for _ in graph.ops]
+            yield graph, start, seconds, draw.randint(least, start.peak_bytes - 1)
 
 
 class FittingTest(unittest.TestCase):
@@ -90,15 +101,10 @@ class FittingTest(unittest.TestCase):
 
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
     def test_small_graphs_cost_seldom_more_than_the_optimum(self) -> None:
-        draw = random.Random(1)
+        cases = tight_cases(random.Random(1))
         seen = optimal = proven = 0
         while seen < 40:
-            graph = random_graph(draw, draw.randint(4, 7))
-            start = olla.schedule(graph)
-            if least_bytes(graph) >= start.peak_bytes:
-                continue
-            seconds = [float(draw.randint(1, 9)) for _ in graph.ops]
-            budget = draw.randint(least_bytes(graph), start.peak_bytes - 1)
+            graph, start, seconds, budget = next(cases)
             try:
                 best = fit(graph, budget, seconds, repeats=4, solver="cpsat")
             except InfeasibleError:
@@ -123,14 +129,10 @@ class FittingTest(unittest.TestCase):
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
     def test_spilling_and_recomputing_cost_seldom_more_than_the_optimum(self) -> None:
         draw = random.Random(2)
+        cases = tight_cases(draw)
         seen = optimal = spilling = 0
         while seen < 30:
-            graph = random_graph(draw, draw.randint(4, 7))
-            start = olla.schedule(graph)
-            if least_bytes(graph) >= start.peak_bytes:
-                continue
-            seconds = [float(draw.randint(1, 9)) for _ in graph.ops]
-            budget = draw.randint(least_bytes(graph), start.peak_bytes - 1)
+            graph, start, seconds, budget = next(cases)
             speed = float(draw.randint(1, 9))
             try:
                 best = fit(graph, budget, seconds, repeats=4, bytes_per_second=speed, solver="cpsat")

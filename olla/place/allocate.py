@@ -25,7 +25,7 @@ _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 60  # mended first fits in a row in vain, after which the ejections have their turn
-_RESTARTS = 60  # searches for one capacity, before another one is tried
+_RESTARTS = 12  # searches for one capacity, before another one is tried
 _UNKNOWN = 2**62
 
 
