@@ -17,8 +17,6 @@ from graphs import diamond
 import olla
 from olla.cli import main
 
-GUIDE = Path(__file__).parents[1] / "docs" / "graphs.md"
-
 
 class CommandLineTest(unittest.TestCase):
     def setUp(self) -> None:
@@ -183,23 +181,6 @@ class CommandLineTest(unittest.TestCase):
     def test_the_package_runs_as_a_command(self) -> None:
         finished = subprocess.run([sys.executable, "-m", "olla", "plan", "--help"], check=True, capture_output=True)
         self.assertIn(b"GRAPH.json", finished.stdout)
-
-    def test_the_guide_does_what_it_says(self) -> None:
-        blocks = GUIDE.read_text().split("```")
-        python = [block.removeprefix("python\n") for block in blocks if block.startswith("python\n")]
-        self.addCleanup(os.chdir, Path.cwd())
-        os.chdir(self.folder)
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            names = {"olla": olla}
-            for block in python:
-                exec(block, names)
-        self.assertEqual(printed.getvalue(), "(0, 1, 2) 2048 2048\n(0, 4096) 5120 5120\n")
-        example = next(block.removeprefix("json\n") for block in blocks if block.startswith("json\n"))
-        (self.folder / "example.json").write_text(example)
-        for name in ("graph.json", "example.json"):
-            path = self.folder / name
-            self.assertEqual(self.run_main("plan", path, "--out", self.plan)[0], 0)
-            self.assertEqual(self.run_main("check", path, self.plan)[0], 0)
 
 
 class SaveTest(unittest.TestCase):

@@ -1,0 +1,83 @@
+"""The examples run as they are copied, and the steps in them give what eager PyTorch gives."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import runpy
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import olla
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class ExamplesTest(unittest.TestCase):
+    def run_example(self, name: str) -> tuple[str, dict[str, Any]]:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
+            names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+        return printed.getvalue(), names
+
+    def assert_less_memory(self, text: str, share: float) -> None:
+        found = re.search(r"eager ([\d,]+) bytes, planned ([\d,]+)", text)
+        self.assertIsNotNone(found, text)
+        eager, planned = (int(number.replace(",", "")) for number in found.groups())
+        self.assertLess(planned, share * eager)
+
+    def assert_trains_as_eager(self, name: str, share: float) -> tuple[str, dict[str, Any]]:
+        text, names = self.run_example(name)
+        self.assertTrue(names["measured"].exact)
+        self.assert_less_memory(text, share)
+        with mock.patch.object(olla.Step, "__call__", olla.Step._eager):
+            _, eager = self.run_example(name)
+        self.assertTrue(torch.equal(names["loss"], eager["loss"]))
+        state, expected = names["model"].state_dict(), eager["model"].state_dict()
+        self.assertTrue(all(torch.equal(state[key], expected[key]) for key in expected))
+        return text, names
+
+    def test_training(self) -> None:
+        text, _ = self.assert_trains_as_eager("training", 0.6)
+        accuracies = [float(share) for share in re.findall(r"accuracy ([\d.]+)%", text)]
+        self.assertEqual(len(accuracies), 3)
+        self.assertGreater(accuracies[-1], accuracies[0])
+
+    def test_own_step(self) -> None:
+        self.assert_trains_as_eager("own_step", 0.8)
+
+    def test_hugging_face(self) -> None:
+        text, names = self.assert_trains_as_eager("hugging_face", 0.6)
+        held = re.search(r"inputs: ([\d,]+) and ([\d,]+)", text)
+        eager, planned = (int(number.replace(",", "")) for number in held.groups())
+        self.assertLessEqual(planned, 0.5 * eager)
+        self.assertTrue(names["step"].plan.recomputed)
+
+    def test_spilling(self) -> None:
+        _, names = self.assert_trains_as_eager("spilling", 0.2)
+        self.assertGreater(names["measured"].spilled_bytes, 0)
+        needed = names["step"].plan.persistent_bytes + names["measured"].peak_bytes
+        self.assertLessEqual(needed, names["budget"])
+
+    def test_inference(self) -> None:
+        text, names = self.run_example("inference")
+        self.assertIn("equal, bit for bit: True", text)
+        self.assertTrue(names["measured"].exact)
+        self.assert_less_memory(text, 0.6)
+
+    def test_placement_loads_no_torch(self) -> None:
+        code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules"
+        command = [sys.executable, "-c", code, EXAMPLES / "placement.py"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        self.assertIn("optimal, gap 0.00%", text)
+        self.assertRegex(text, r"no placement within [\d,]+ bytes: at least [\d,]+ are needed")
+
+    def test_every_example_is_tested(self) -> None:
+        tested = {"training", "own_step", "hugging_face", "inference", "placement", "spilling"}
+        self.assertEqual({path.stem for path in EXAMPLES.glob("*.py")}, tested)
