@@ -139,15 +139,19 @@ class Fitting:
         fullest = np.argsort(np.where(self._moments.turns[order], -live, 0), kind="stable")[:_MOMENTS]
         return self._moments.dearest(order[fullest], budget_bytes)
 
-    def _attempts(self, budget_bytes: int, moment: Kept) -> Iterator[None]:
-        """Repair one start after the other, in one way after the other."""
+    def _attempts(self, budget_bytes: int, moment: Kept) -> Iterator[bool]:
+        """Repair one start after the other, in one way after the other, and say whether something fits by now."""
+        fits = False
         for sequence in self._starts(budget_bytes, moment):
             for power in _POWERS:
-                self._keep(repaired(self._program, sequence, self._seconds, budget_bytes, power))
-                yield
+                fits |= self._repair(sequence, budget_bytes, power) <= budget_bytes
+                yield fits
+        for sequence in () if fits else self._orders:
+            for power in _POWERS:
+                yield self._repair(sequence, budget_bytes, power) <= budget_bytes
 
     def _starts(self, budget_bytes: int, moment: Kept) -> Iterator[Integers]:
-        """Orders that make again what is not worth keeping at the dearest moment; as they are, if nothing fits yet."""
+        """Orders that make again what is not worth keeping at the dearest moment."""
         for share in _TIGHTER:
             kept = self._moments.at(moment.op, int(share * budget_bytes)) if share < 1 else moment
             if kept.seconds == np.inf:
@@ -159,18 +163,16 @@ class Fitting:
                     yield sequence
         if self._can_spill and (spills := belady(self._graph, self._start.order, budget_bytes)):
             yield with_loads(self._program, self._start.order, spills)
-        if budget_bytes < self._least:
-            yield from self._orders
 
     def _improve(self, budget_bytes: int, moment: Kept, deadline: float) -> None:
         """Leave out some repeats of the cheapest sequence, or put in others, and repair it again and again."""
         draw = np.random.default_rng(0)
-        program, (cost, _, sequence) = self._program, self._cheapest(budget_bytes)
+        cost, _, sequence = self._cheapest(budget_bytes)
         for trial in range(_TRIALS):
             if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
                 break
             changed = self._with_another(sequence, draw) if draw.random() < 1 / 3 else self._with_less(sequence, draw)
-            self._keep(repaired(program, changed, self._seconds, budget_bytes, float(draw.choice(_POWERS))))
+            self._repair(changed, budget_bytes, float(draw.choice(_POWERS)))
             extra, peak, other = self._found[-1]
             heat = _HEAT * self._once * (1 - trial / _TRIALS)
             if peak <= budget_bytes and extra < cost + heat * draw.exponential():
@@ -201,20 +203,20 @@ class Fitting:
         return np.concatenate([sequence[:place], chain, sequence[place:]])
 
     def _smallest(self, deadline: float) -> int:
-        """About the smallest budget that can be reached, by bisection."""
-        low = middle = self._floor
-        while self._least - low > max(1, _CLOSE * self._least) and time.perf_counter() < deadline:
-            for _ in self._attempts(middle, self._dearest(middle)):
-                if self._least <= middle or time.perf_counter() > deadline:
-                    break
+        """About the smallest budget that can be reached, by bisection, which is the same whatever was asked before."""
+        low, high = self._floor, self._start.peak_bytes
+        middle = low if self._can_spill else (low + high) // 2
+        while high - low > max(1, _CLOSE * high) and time.perf_counter() < deadline:
+            if any(self._attempts(middle, self._dearest(middle))):
+                high = middle
             else:
                 low = middle
-            middle = (low + self._least) // 2
+            middle = (low + high) // 2
         return self._least
 
     @property
     def _least(self) -> int:
-        return min((peak for _, peak, _ in self._found), default=self._start.peak_bytes)
+        return min([self._start.peak_bytes, *(peak for _, peak, _ in self._found)])
 
     def _cheapest(self, budget_bytes: int) -> tuple[float, int, Integers]:
         return min((found for found in self._found if found[1] <= budget_bytes), key=lambda found: found[:2])
@@ -224,8 +226,11 @@ class Fitting:
         limit = moment.seconds + _SETTLED * self._once
         return any(extra <= limit and peak <= budget_bytes for extra, peak, _ in self._found)
 
-    def _keep(self, sequence: Integers) -> None:
+    def _repair(self, sequence: Integers, budget_bytes: int, power: float) -> int:
+        """Keep the sequence, repaired, among what was found; returns its peak."""
+        sequence = repaired(self._program, sequence, self._seconds, budget_bytes, power)
         peak = peak_of(self._program, sequence)
         once = np.unique(sequence[sequence < self._program.loads])
         extra = float(self._seconds[sequence].sum() - self._seconds[once].sum())
         self._found.append((max(0.0, extra), peak, sequence))
+        return peak

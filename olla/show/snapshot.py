@@ -1,4 +1,4 @@
-"""A plan as a memory snapshot of PyTorch's: what torch.cuda.memory._dump_snapshot would write if it ran on a GPU."""
+"""A plan as a memory snapshot of PyTorch's: what the recorder of CUDA memory would write if it ran on a GPU."""
 
 from __future__ import annotations
 
