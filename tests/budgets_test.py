@@ -72,7 +72,7 @@ class BudgetsTest(EagerTestCase):
         return step.plan.persistent_bytes + measured.peak_bytes
 
     def smallest(self, build: Callable[[], nn.Module], inputs: Callable[[], Any], **loss: Any) -> int:
-        """The smallest budget, with the bytes that operators really allocate, which are known when they have run."""
+        """The smallest budget, for the bytes that operators are expected to allocate, and for those that they do."""
         model = build().train()
         arguments = {**loss, "optimizer": sgd(model.parameters())}
         if loss:
@@ -83,7 +83,8 @@ class BudgetsTest(EagerTestCase):
             self.assertLess(smaller.peak_bytes, one.peak_bytes)
             self.assertGreaterEqual(smaller.extra_seconds, one.extra_seconds)
         persistent = olla.plan(model, inputs(), **arguments, place=False).persistent_bytes
-        return self.trained(build, inputs, persistent + trade[-1].peak_bytes, **loss)
+        expected = persistent + trade[-1].peak_bytes
+        return max(expected, self.trained(build, inputs, expected, **loss))
 
     def test_gpt2_within_three(self) -> None:
         self.check(lambda: gpt2(1), text, budgets=3)
