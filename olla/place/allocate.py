@@ -25,7 +25,8 @@ _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 60  # mended first fits in a row in vain, after which the ejections have their turn
-_RESTARTS = 12  # searches for one capacity, before another one is tried
+_RESTARTS = 60  # searches for a capacity that is given, before they begin anew
+_FEW_RESTARTS = 12  # searches for one capacity, before another one is tried
 _UNKNOWN = 2**62
 
 
@@ -140,8 +141,8 @@ class _Search:
     def _bisect(self) -> None:
         """Search for the bound itself, then for what is half way between what was tried in vain and the best."""
         self._blame = np.zeros(len(self._problem.load), np.int64)
-        restarts, lowest = _RESTARTS, self.bound  # below `lowest`, it was tried in vain
-        target = self.bound if self._capacity is None else self._capacity
+        lowest = self.bound  # below it, it was tried in vain
+        target, restarts = (self.bound, _FEW_RESTARTS) if self._capacity is None else (self._capacity, _RESTARTS)
         while not self._ended:
             reached = self._reach(target, restarts)
             if self._capacity is not None:
