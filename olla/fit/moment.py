@@ -106,7 +106,7 @@ class Moments:
                 "time_limit": _TIME_LIMIT,
                 "mip_rel_gap": _GAP,
                 "presolve": False,
-            },  # which is no faster, and prints
+            },  # which is no faster
         )
         if room < 0 or found.status == _INFEASIBLE:
             return Kept(op, np.inf, there, there)
