@@ -42,6 +42,11 @@ def prelude() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def without_numbers(text: str) -> str:
+    """What is printed, but for figures, which differ a little from one machine to another."""
+    return re.sub(r" *[\d.,]+", " 0", text)
+
+
 class GuidesTest(unittest.TestCase):
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
@@ -61,7 +66,7 @@ class GuidesTest(unittest.TestCase):
                     for command in re.findall(r"^olla (.*)", text, re.MULTILINE):
                         self.assertEqual(main(shlex.split(command)), 0, command)
                 elif language == "text":
-                    self.assertIn(text, printed.getvalue())
+                    self.assertIn(without_numbers(text), without_numbers(printed.getvalue()))
         return names, printed.getvalue()
 
     def test_readme(self) -> None:

@@ -21,6 +21,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 class ExamplesTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # workspaces of convolutions grow with the number of threads
+
     def run_example(self, name: str) -> tuple[str, dict[str, Any]]:
         with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
             names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
