@@ -23,6 +23,7 @@ from eager import EagerTestCase, sgd
 from graphs import diamond, graphs
 from hypothesis import given
 from hypothesis import strategies as st
+from repeat_test import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,25 +62,6 @@ def at_random(graph: Graph, seconds: Any = None, options: Any = None) -> Schedul
     found = schedule(order, tuple(sorted(spills)))
     assert not check(graph, Plan.of(graph, found))
     return found
-
-
-class Convolutions(nn.Module):
-    """Batch norms, dropouts, in-place activations and views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.last = nn.Linear(8 * 16, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.first(images)), inplace=True)
-        x = F.dropout(x, 0.3)
-        x = F.dropout2d(self.second(x) + x, 0.2)
-        first, rest = x.chunk(2)
-        x = torch.cat([rest, first]).transpose(1, 2).flatten(1)
-        return self.last(F.silu(x, inplace=True))
 
 
 class Words(nn.Module):
@@ -215,7 +197,7 @@ class RandomPlansTest(InFolder):
         self.assertTrue(any(spilled & {*op.writes} for op in graph.ops))
 
     def test_a_network_for_images(self) -> None:
-        self.same(Convolutions(), images, lambda: torch.randint(0, 10, (4,)))
+        self.same(Net(), images, lambda: torch.randint(0, 10, (4,)))
 
     def test_a_transformer_with_tied_weights(self) -> None:
         self.same(Words(), ids, ids)

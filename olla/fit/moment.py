@@ -21,8 +21,8 @@ from olla.order.problem import Integers
 
 __all__ = ["Kept", "Moments"]
 
-_GAP = 1e-3  # of the seconds, that need not be proven
-_TIME_LIMIT = 5.0  # for one integer program
+# A gap in seconds that need not be proven, of all that are added; presolving makes such small programs no faster.
+_OPTIONS = {"time_limit": 5.0, "mip_rel_gap": 1e-3, "presolve": False}
 _INFEASIBLE = 2  # as milp says
 
 
@@ -102,11 +102,7 @@ class Moments:
             integrality=np.full(len(cost), int(integer)),
             bounds=Bounds(0.0, upper),
             constraints=LinearConstraint(csr_array((value, (row, column)), (len(lowest), len(cost))), lowest, highest),
-            options={
-                "time_limit": _TIME_LIMIT,
-                "mip_rel_gap": _GAP,
-                "presolve": False,
-            },  # which is no faster
+            options=_OPTIONS,
         )
         if room < 0 or found.status == _INFEASIBLE:
             return Kept(op, np.inf, there, there)

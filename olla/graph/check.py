@@ -179,8 +179,9 @@ def _peak(graph: Graph, order: tuple[int, ...], spills: tuple[Spill, ...] = (), 
     ending: list[int] = [0] * (len(order) + 1)
     for life in _lives(graph, order):
         storage = graph.storages[life.storage]
-        starting[life.start] += storage.size + (storage.spared if eager else 0)
-        ending[life.end] += storage.size + (storage.spared if eager else 0)
+        size = storage.eager_size if eager else storage.size
+        starting[life.start] += size
+        ending[life.end] += size
     for spill in spills:
         ending[spill.start] += graph.storages[spill.storage].size
         starting[spill.end] += graph.storages[spill.storage].size

@@ -31,7 +31,7 @@ Event: TypeAlias = Allocate | Release
 
 def eager_events_of(graph: Graph) -> tuple[Event, ...]:
     """What one step of eager PyTorch asks of the allocator: program order, and all that an op does without."""
-    storages, ops = [replace(storage, size=storage.size + storage.spared) for storage in graph.storages], []
+    storages, ops = [replace(storage, size=storage.eager_size) for storage in graph.storages], []
     latest = list(range(len(storages)))  # what holds the contents of each storage
     for op in graph.ops:
         over = [storage for storage in op.writes if op.reused and not storages[storage].persistent]

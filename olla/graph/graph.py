@@ -31,6 +31,11 @@ class Storage:
     persistent: bool = False  # lives across steps: parameters, buffers, optimizer state, inputs
     spared: int = 0  # bytes that eager PyTorch takes besides, where it keeps the same in a wider dtype
 
+    @property
+    def eager_size(self) -> int:
+        """Bytes that eager PyTorch takes for it."""
+        return self.size + self.spared
+
 
 @dataclass(frozen=True, slots=True)
 class Op:

@@ -91,7 +91,7 @@ def memory_profile(graph: Graph, order: Sequence[int], spills: Sequence[Spill] =
 def eager_peak_bytes(graph: Graph) -> int:
     """What eager PyTorch needs: program order, and nothing that an op does without."""
     ops = tuple(replace(op, workspace=op.workspace + op.reused) for op in graph.ops)
-    storages = tuple(replace(storage, size=storage.size + storage.spared) for storage in graph.storages)
+    storages = tuple(replace(storage, size=storage.eager_size) for storage in graph.storages)
     eager = replace(graph, ops=ops, storages=storages)
     return peak_bytes(eager, range(len(eager.ops)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 from operator import add
@@ -91,8 +91,9 @@ def planned_memory(graph: Graph, plan: Plan) -> Memory:
 
 
 def eager_memory(graph: Graph) -> Memory:
-    """Bytes while each op runs in eager PyTorch: program order, and a result of its own for every op."""
-    memory = _memory(graph, range(len(graph.ops)))
+    """Bytes while each op runs in eager PyTorch: program order, and all that an op does without."""
+    storages = tuple(replace(storage, size=storage.eager_size) for storage in graph.storages)
+    memory = _memory(replace(graph, storages=storages), range(len(graph.ops)))
     for kind in (Kind.ACTIVATION, Kind.GRADIENT):
         reused = [op.reused if _kind(op) is kind else 0 for op in graph.ops]
         memory[kind] = tuple(map(add, memory[kind], reused))
