@@ -40,6 +40,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from bench.comparison import SAVINGS, compare
 from bench.contest import Result, show_contest
 from bench.ilp import FORMS, ILP, solve_form
@@ -77,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME",
         help=f"may be repeated; default all; with --peers: {', '.join(SUBJECTS)}",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where steps are run and measured; default: a GPU, if there is one; with --peers, the CPU",
     )
     parser.add_argument("--mode", choices=("eval", "train"), action="append", help="may be repeated; default both")
     parser.add_argument("--log-path", type=Path, default=Path("benchmarks.csv"), help="default %(default)s")
@@ -159,6 +166,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     known = SUBJECTS if options.peers else MODELS
     if unknown := [name for name in options.model or () if name not in known]:
         parser.error(f"--model {unknown[0]}: {'with' if options.peers else 'without'} --peers, {', '.join(known)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU")
+    if options.device == "cuda" and options.peers:
+        parser.error("--peers counts what PyTorch's CPU allocator gives: leave --device cuda out")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.peers else "cpu")
     if min(options.batch_size or [1]) < 1:
         parser.error("--batch-size must be positive")
     return options

@@ -7,6 +7,8 @@ import os
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 import olla
 from bench.models import Workload
 from bench.row import Row, workload_of
@@ -16,9 +18,13 @@ SAVINGS = {0.1: "10 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "all"}  # 
 
 def compare(row: Row, options: argparse.Namespace) -> None:
     """Plan one case; where it fits into memory, or as told, run and measure it; spill to a folder beside the log."""
-    workload, training = workload_of(row)
+    row.device = options.device
+    with torch.device(row.device):
+        workload, training = workload_of(row)
     if not options.spilling:
         return _compare(row, options, workload, training)
+    if row.device == "cuda":
+        return _compare(row, options, workload, training | {"spill_dir": "host"})
     with TemporaryDirectory(dir=options.log_path.parent) as folder:
         return _compare(row, options, workload, training | {"spill_dir": folder})
 
@@ -35,7 +41,7 @@ def _compare(row: Row, options: argparse.Namespace, workload: Workload, training
     row.capture_seconds = step.capture_seconds
     # Measuring keeps a copy of what lives across steps; half as much again for workspaces.
     needed = plan.persistent_bytes * 2 + plan.baseline_peak_bytes * 3 // 2
-    if options.execute is False or (options.execute is None and needed > _available_bytes()):
+    if options.execute is False or (options.execute is None and needed > _available_bytes(row.device)):
         return
     measured = workload.call(step.measure, train=row.mode == "train")
     row.measured_eager_bytes, row.measured_planned_bytes = measured.baseline_peak_bytes, measured.peak_bytes
@@ -63,5 +69,7 @@ def _budget(saving: float, workload: Workload, training: dict[str, Any]) -> int:
     return budget + 1
 
 
-def _available_bytes() -> int:
+def _available_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -21,6 +21,7 @@ class Row:
     model: str
     batch_size: int
     mode: str
+    device: str | None = None  # that it ran on
     ops: int | None = None
     persistent_bytes: int | None = None
     simulated_eager_bytes: int | None = None

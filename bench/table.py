@@ -15,6 +15,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
     "batch": lambda row: str(row.batch_size),
     "mode": lambda row: row.mode,
+    "device": lambda row: row.device or "-",
     "wanted": lambda row: "-" if row.wanted_saving is None else SAVINGS[row.wanted_saving],
     "form": lambda row: row.form or "-",
     "solver": lambda row: row.solver or "-",

@@ -126,7 +126,7 @@ class Arena:
         return int(self.library.olla_arena_base(self.handle))
 
     def reserve(self, arena_bytes: int) -> None:
-        """See to it that there is so much memory.
+        """See to it that there is so much memory, in whole units of ``alignment``.
 
         Raises
         ------
@@ -135,6 +135,7 @@ class Arena:
         """
         if self._handle and arena_bytes <= self.arena_bytes:
             return
+        arena_bytes = -(-arena_bytes // self.alignment) * self.alignment
         self.close()
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._handle = self.library.olla_new_arena(arena_bytes)

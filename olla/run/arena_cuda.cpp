@@ -7,6 +7,7 @@
 
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
+#include <torch/headeronly/version.h>
 
 #include "arena.h"
 
@@ -67,7 +68,7 @@ class ArenaAllocator final : public native::CUDAAllocator {
     for (const auto& stream : streams) stream.synchronize();
   }
 
-  // All the rest is the caching allocator's.
+  // All the rest is the caching allocator's; what newer versions of PyTorch have added stands last.
 
   void copy_data(void* to, const void* from, size_t size) const override { before_->copy_data(to, from, size); }
   c10::DeleterFnPtr raw_deleter() const override { return before_->raw_deleter(); }
@@ -97,8 +98,6 @@ class ArenaAllocator final : public native::CUDAAllocator {
     --pools_;
     before_->endAllocateToPool(device, pool);
   }
-  void markCaptureBegin(c10::DeviceIndex device) override { before_->markCaptureBegin(device); }
-  void markCaptureEnd(c10::DeviceIndex device) override { before_->markCaptureEnd(device); }
   void releasePool(c10::DeviceIndex device, c10::MempoolId_t pool) override { before_->releasePool(device, pool); }
   int getPoolUseCount(c10::DeviceIndex device, c10::MempoolId_t pool) override {
     return before_->getPoolUseCount(device, pool);
@@ -118,9 +117,6 @@ class ArenaAllocator final : public native::CUDAAllocator {
   native::ShareableHandle shareIpcHandle(void* address) override { return before_->shareIpcHandle(address); }
   std::shared_ptr<void> getIpcDevPtr(std::string handle) override { return before_->getIpcDevPtr(std::move(handle)); }
   bool isHistoryEnabled() override { return before_->isHistoryEnabled(); }
-  std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* address) override {
-    return before_->getContextForPointer(address);
-  }
   void recordHistory(
       bool enabled, native::CreateContextFn recorder, size_t entries, native::RecordContext when, bool clear,
       const std::vector<std::string>& skip) override {
@@ -131,17 +127,10 @@ class ArenaAllocator final : public native::CUDAAllocator {
   }
   void pushCompileContext(std::string& context) override { before_->pushCompileContext(context); }
   void popCompileContext() override { before_->popCompileContext(); }
-  bool supportsUserMetadata() override { return before_->supportsUserMetadata(); }
   void setUserMetadata(const std::string& metadata) override { before_->setUserMetadata(metadata); }
   std::string getUserMetadata() override { return before_->getUserMetadata(); }
-  void annotateMemory(const void* address, const std::string& metadata) override {
-    before_->annotateMemory(address, metadata);
-  }
   void attachOutOfMemoryObserver(native::OutOfMemoryObserver observer) override {
     before_->attachOutOfMemoryObserver(std::move(observer));
-  }
-  void attachOomRejectionObserver(native::OomRejectionObserver observer) override {
-    before_->attachOomRejectionObserver(std::move(observer));
   }
   void attachAllocatorTraceTracker(native::AllocatorTraceTracker tracker) override {
     before_->attachAllocatorTraceTracker(std::move(tracker));
@@ -158,10 +147,28 @@ class ArenaAllocator final : public native::CUDAAllocator {
       c10::DeviceIndex device, std::shared_ptr<native::AllocatorState> state) override {
     return before_->setCheckpointPoolState(device, std::move(state));
   }
+  std::string name() override { return before_->name(); }
+#if TORCH_VERSION_MINOR >= 12
+  std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* address) override {
+    return before_->getContextForPointer(address);
+  }
+  void attachOomRejectionObserver(native::OomRejectionObserver observer) override {
+    before_->attachOomRejectionObserver(std::move(observer));
+  }
+#endif
+#if TORCH_VERSION_MINOR >= 13
+  void markCaptureBegin(c10::DeviceIndex device) override { before_->markCaptureBegin(device); }
+  void markCaptureEnd(c10::DeviceIndex device) override { before_->markCaptureEnd(device); }
   c10::DataPtr allocateWithAddress(size_t size, void* address) override {
     return before_->allocateWithAddress(size, address);
   }
-  std::string name() override { return before_->name(); }
+#endif
+#if TORCH_VERSION_MINOR >= 14
+  bool supportsUserMetadata() override { return before_->supportsUserMetadata(); }
+  void annotateMemory(const void* address, const std::string& metadata) override {
+    before_->annotateMemory(address, metadata);
+  }
+#endif
 
   native::CUDAAllocator* before_ = nullptr;
 

@@ -123,11 +123,11 @@ class SpillSpace:
 
     def _allocated(self, size: int) -> Tensor:
         if not size:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         assert self._spill_dir is not None, "nothing is spilled if nobody said where to"
         if self._spill_dir == HOST:
             try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
             except RuntimeError as error:
                 raise SpillError(f"spilling needs {size:,} bytes of pinned memory, and gets none: {error}") from error
         file = _nameless_file(self._spill_dir)
