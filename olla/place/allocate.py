@@ -147,10 +147,10 @@ class _Search:
             reached = self._reach(target, restarts)
             if self._capacity is not None:
                 continue
-            lowest = self.bound if reached else max(self.bound, target + 1)
+            lowest = max(self.bound, (self.bound + lowest) // 2 if reached else target + 1)
             if lowest >= self.top:
                 lowest, restarts = self.bound, restarts * 4
-            target = lowest if lowest == self.bound else (lowest + self.top) // 2
+            target = (lowest + self.top) // 2
 
     def _improve(self, patience: int = _UNKNOWN) -> None:
         """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
