@@ -223,6 +223,8 @@ def frontier(
     ------
     CaptureError
         If the step cannot be captured.
+    InvalidBudgetError
+        If ``points`` is below 2.
     SpillError
         If ``spill_dir`` is not a directory, or not writable.
     """

@@ -134,6 +134,10 @@ class BudgetTest(EagerTestCase):
             draw_frontier(found, picture)
             self.assertTrue(picture.read_bytes().startswith(b"\x89PNG"))
 
+    def test_a_curve_has_two_ends(self) -> None:
+        with self.assertRaisesRegex(olla.InvalidBudgetError, "points is 1: .* at least 2"):
+            olla.frontier(nn.Linear(2, 2), torch.ones(2), points=1)
+
     def test_what_runs_within_its_budget_anyway_is_left_alone(self) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             plan = olla.plan(nn.Linear(8, 8), torch.ones(2, 8), memory_budget="1GiB")

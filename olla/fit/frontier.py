@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from olla.errors import InfeasibleError
+from olla.errors import InfeasibleError, InvalidBudgetError
 from olla.fit.fitting import Fitting
 from olla.fit.spill import Bandwidth
 from olla.graph.graph import Graph
@@ -52,10 +52,17 @@ def frontier(
     graph, start, seconds, bandwidth
         As for :func:`olla.fit.fitting.fitted`.
     points
-        How many budgets are looked at.
+        How many budgets are looked at, both ends included.
     time_limit
         Seconds for all of them.
+
+    Raises
+    ------
+    InvalidBudgetError
+        If there are fewer than two points.
     """
+    if points < 2:
+        raise InvalidBudgetError(f"points is {points}: a curve has two ends, ask for at least 2")
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / points
     try:
