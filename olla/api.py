@@ -156,6 +156,8 @@ def optimize_step(
     ------
     CaptureError
         If the step cannot be captured; nothing was changed.
+    InfeasibleError, InvalidBudgetError, SolverUnavailableError, SpillError
+        As from :func:`optimize`.
     """
     if isinstance(example_args, Tensor):
         raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
@@ -188,12 +190,15 @@ def plan(
 
     The addresses hold for the workspaces that are expected; a step that runs finds out the real ones.
 
-    Model and inputs may be on the meta device or fake; they are planned as if on the CPU.
+    Model and inputs may be on the meta device or fake; they are planned as if on the CPU. Parameters are those
+    of :func:`optimize`.
 
     Raises
     ------
     CaptureError
         If the step cannot be captured.
+    InfeasibleError, InvalidBudgetError, SolverUnavailableError, SpillError
+        As from :func:`optimize`.
     """
     options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
     step = Step(_program(model, loss_fn, targets, optimizer), options=options)
@@ -217,7 +222,8 @@ def frontier(
 
     Like :func:`plan` it allocates nothing, and times of operators are estimated. With ``spill_dir`` (as for
     :func:`optimize`) a schedule may spill instead of running operators again. Print the result, or draw it
-    with :func:`olla.show.draw.draw_frontier`. Peaks are those above what lives across steps.
+    with :func:`olla.show.draw.draw_frontier`. Peaks, in bytes, are those above what lives across steps; ``points`` says
+    how many budgets are looked at, and ``time_limit``, in seconds, for how long in all.
 
     Raises
     ------

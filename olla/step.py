@@ -136,7 +136,15 @@ class Step:
         return self._closure_of.step(lambda: execution.run(leaves))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Plan for these arguments without running, so that the first call need not."""
+        """Plan for these arguments without running, so that the first call need not.
+
+        Raises
+        ------
+        CaptureError, InfeasibleError, SpillError
+            As from :func:`olla.optimize`.
+        ExecutionError
+            If an input is on another device than planned.
+        """
         self._plan_for(args, kwargs)
 
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
@@ -144,6 +152,11 @@ class Step:
 
         Parameters, buffers, optimizer state, gradients and random state are as before afterwards;
         a copy of them is held meanwhile.
+
+        Raises
+        ------
+        CaptureError, ExecutionError
+            As from a call of the step.
         """
         with self._undone() as again:
             for _ in range(_RUNS_TO_SETTLE):
@@ -206,16 +219,16 @@ class Step:
             snapshot.restore()
 
     def plan_for(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these arguments, made without allocating or preparing anything to run."""
+        """The plan for these arguments, made without allocating or preparing anything to run. Raises as a call does."""
         drafted = self._draft(args, kwargs)
         return (with_estimated_addresses(drafted, self._options) if self._options.place else drafted).plan
 
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph:
-        """The graph of the step for these arguments, not planned."""
+        """The graph of the step for these arguments, not planned. Raises CaptureError if it cannot be captured."""
         return capture(self._program, args, kwargs, self._options)[1].graph
 
     def frontier_for(self, points: int, *args: Any, **kwargs: Any) -> Frontier:
-        """What smaller and smaller budgets cost for these arguments."""
+        """What ``points`` smaller and smaller budgets cost for these arguments; see :func:`olla.frontier`."""
         self._require_spill_dir(args, kwargs)
         _, lowered = capture(self._program, args, kwargs, self._options)
         return trade(lowered, points, self._options)
@@ -232,6 +245,11 @@ class Step:
         """Draw the plan used last, in the form that the ending of ``path`` says: see :func:`olla.show.draw`.
 
         Times in a trace are estimated until the step has been recorded.
+
+        Raises
+        ------
+        OllaError
+            As from :func:`olla.show.draw`.
         """
         draft = self._current.draft
         draw(draft.lowered.graph, draft.plan, path, what, seconds=draft.seconds)

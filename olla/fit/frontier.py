@@ -19,9 +19,7 @@ __all__ = ["Frontier", "frontier"]
 class Frontier:
     """Schedules within smaller and smaller budgets, and what they are compared with. Print it."""
 
-    schedules: tuple[
-        Schedule, ...
-    ]  # the first one has no repeats and spills nothing, the last one has the smallest peak found
+    schedules: tuple[Schedule, ...]  # first an order, without repeats or spills; last the smallest peak found
     baseline_peak_bytes: int  # of eager PyTorch
     seconds: float  # of all ops, run once
 

@@ -21,12 +21,12 @@ FORMAT = "olla-plan-1"
 class Schedule:
     """A sequence of op ids. An op that stands in it more than once is recomputed."""
 
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # op ids, one a step
     peak_bytes: int  # live bytes at the worst step, persistent storages left out
     lower_bound_bytes: int  # no order of these ops can do better
     method: str  # the heuristic or search that found the order
     seconds: float  # spent planning
-    spills: tuple[Spill, ...] = ()
+    spills: tuple[Spill, ...] = ()  # (storage, start, end): away at the steps start <= step < end
     extra_seconds: float = 0.0  # that recomputing and spilling are expected to take
     extra_seconds_lower_bound: float = 0.0  # within the same bytes, it cannot be less
 
@@ -36,9 +36,9 @@ class Placement:
     """An offset in the arena for every buffer."""
 
     offsets: tuple[int, ...]  # bytes from the start of the arena
-    arena_bytes: int
+    arena_bytes: int  # where the highest buffer ends
     lower_bound_bytes: int = 0  # no placement of these buffers can do better
-    method: str = ""
+    method: str = ""  # the heuristic or search that found it
     seconds: float = 0.0  # spent placing
 
     @property
@@ -88,13 +88,13 @@ class Plan:
     persistent_bytes: int  # parameters, buffers, optimizer state, inputs
     baseline_peak_bytes: int  # what eager PyTorch needs: program order, and nothing reused
     lower_bound_bytes: int  # no order can do better
-    method: str
-    seconds: float
-    offsets: tuple[int | None, ...] | None = None  # see Addresses; None: the allocator decides
-    workspaces: tuple[Workspace, ...] = ()
+    method: str  # the heuristic or search that found the order
+    seconds: float  # spent planning
+    offsets: tuple[int | None, ...] | None = None  # of each life of a storage; None: outside; no tuple: no arena
+    workspaces: tuple[Workspace, ...] = ()  # (step, offset, size) in the arena
     arena_bytes: int | None = None
     arena_lower_bound_bytes: int | None = None  # no arena for this order can be smaller
-    spills: tuple[Spill, ...] = ()  # sorted by storage
+    spills: tuple[Spill, ...] = ()  # (storage, start, end), sorted by storage
     extra_seconds: float = 0.0  # that recomputing and spilling are expected to take
     extra_seconds_lower_bound: float = 0.0  # within the same bytes, it cannot be less
 

@@ -32,7 +32,8 @@ _WORK = 2e8  # nodes searched for one target, at first, times the square of the 
 def schedule(graph: Graph, *, time_limit: float = 60.0) -> Schedule:
     """Find an order of the ops of ``graph`` whose peak is low, and prove how low it could be.
 
-    The result depends on the graph alone, unless time runs out: nothing is drawn at random.
+    The result depends on the graph alone, unless time runs out: nothing is drawn at random. The peak is that of
+    OLLA (arXiv 2210.12924); docs/how_it_works.md explains the bounds and the search.
 
     Parameters
     ----------

@@ -41,7 +41,8 @@ def allocate(
     """Give each buffer an offset, so that buffers alive at the same time share no byte.
 
     The result depends on the buffers alone, unless time runs out: the search draws its orders of
-    preference with a fixed seed.
+    preference with a fixed seed. This is dynamic storage allocation; the lower bound is the load, the most bytes alive
+    at once, or more if the search has proven more (docs/how_it_works.md).
 
     Parameters
     ----------

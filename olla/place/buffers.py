@@ -27,12 +27,12 @@ class Buffer:
         offset that is negative or not a multiple of the alignment.
     """
 
-    lower: int
-    upper: int
+    lower: int  # the first time
+    upper: int  # the first time after it
     size: int  # bytes
     alignment: int = 1  # the offset is a multiple of it
     offset: int | None = None  # the only offset that it may have; None: any
-    name: str = ""
+    name: str = ""  # for messages, files and pictures
 
     def __post_init__(self) -> None:
         who = f"buffer {self.name!r}" if self.name else "a buffer"
