@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import unittest
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from fit_form_test import chain, least_bytes
 from graphs import diamond
@@ -74,6 +74,22 @@ class FittingTest(unittest.TestCase):
                 verify(graph, Plan.of(graph, found))
             with self.assertRaisesRegex(InfeasibleError, "bytes, not 1"):
                 work.within(1)
+
+    def test_the_smallest_budget_that_an_error_names_may_be_what_one_op_needs(self) -> None:
+        seen = 0
+        for graph, start, seconds, _ in islice(tight_cases(random.Random(0)), 60):
+            work, least = Fitting(graph, start, seconds), least_bytes(graph)
+            with self.assertRaises(InfeasibleError) as caught:
+                work.within(least - 1)
+            named = caught.exception.best_bytes
+            self.assertLessEqual(work.within(named).peak_bytes, named)
+            try:
+                Fitting(graph, start, seconds).within(least)
+            except InfeasibleError:
+                continue
+            self.assertEqual(named, least)
+            seen += 1
+        self.assertGreater(seen, 10)
 
     def test_a_curve_falls(self) -> None:
         graph = training(16, in_place=True)

@@ -204,8 +204,8 @@ class Fitting:
 
     def _smallest(self, deadline: float) -> int:
         """About the smallest budget that can be reached, by bisection, which is the same whatever was asked before."""
-        low, high = self._floor, self._start.peak_bytes
-        middle = low if self._can_spill else (low + high) // 2
+        low, high = self._floor - 1, self._start.peak_bytes  # what is too small, and what is not
+        middle = self._floor if self._can_spill else (low + high) // 2
         while high - low > max(1, _CLOSE * high) and time.perf_counter() < deadline:
             if any(self._attempts(middle, self._dearest(middle))):
                 high = middle
