@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from olla.errors import InfeasibleError
+from olla.errors import InfeasibleError, OllaError
 from olla.fit.fitting import Fitting
 from olla.fit.spill import Bandwidth
 from olla.graph.graph import Graph
@@ -23,6 +24,7 @@ class Frontier:
         Schedule, ...
     ]  # the first one has no repeats and spills nothing, the last one has the smallest peak found
     baseline_peak_bytes: int  # of eager PyTorch
+    persistent_bytes: int  # part of a budget, and not of a peak
     seconds: float  # of all ops, run once
 
     def __str__(self) -> str:
@@ -34,6 +36,24 @@ class Frontier:
             again, spilled = len(extra_runs(found.order)), len(found.spills)
             lines.append(f"{found.peak_bytes:>16,}{share:>10.1%}{more:>11.1%}{least:>10.1%}{again:>11,}{spilled:>9,}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the table shows, as JSON-ready data. Bytes and seconds."""
+        return {
+            "baseline_peak_bytes": self.baseline_peak_bytes,
+            "persistent_bytes": self.persistent_bytes,
+            "seconds": self.seconds,
+            "points": [
+                {
+                    "peak_bytes": found.peak_bytes,
+                    "extra_seconds": found.extra_seconds,
+                    "extra_seconds_lower_bound": found.extra_seconds_lower_bound,
+                    "recomputed": len(extra_runs(found.order)),
+                    "spilled": len(found.spills),
+                }
+                for found in self.schedules
+            ],
+        }
 
 
 def frontier(
@@ -52,10 +72,17 @@ def frontier(
     graph, start, seconds, bandwidth
         As for :func:`olla.fit.fitting.fitted`.
     points
-        How many budgets are looked at.
+        How many budgets are looked at, the largest and the smallest among them.
     time_limit
         Seconds for all of them.
+
+    Raises
+    ------
+    OllaError
+        If there are less than two points.
     """
+    if points < 2:
+        raise OllaError(f"a curve of {points} points: ask for 2 or more")
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / points
     try:
@@ -64,7 +91,7 @@ def frontier(
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
     found = [work.within(budget, time_limit=limit) for budget in sorted({*budgets, start.peak_bytes}, reverse=True)]
-    return Frontier(tuple(_falling(found)), eager_peak_bytes(graph), sum(seconds))
+    return Frontier(tuple(_falling(found)), eager_peak_bytes(graph), graph.persistent_bytes, sum(seconds))
 
 
 def _falling(found: Sequence[Schedule]) -> Iterator[Schedule]:
