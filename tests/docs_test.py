@@ -60,10 +60,12 @@ class GuidesTest(unittest.TestCase):
         names, printed = prelude(), io.StringIO()
         with contextlib.redirect_stdout(printed), torch.random.fork_rng():
             for language, text in BLOCK.findall(guide.read_text()):
-                if language == "python":
+                if script := re.match(r"# (\w+\.py)\n", text):
+                    Path(script[1]).write_text(text)
+                elif language == "python":
                     exec(compile(text, f"<{guide.name}>", "exec"), names)
                 elif language == "sh":
-                    for command in re.findall(r"^olla (.*)", text, re.MULTILINE):
+                    for command in re.findall(r"^(?:.*/)?olla (.*)", text, re.MULTILINE):
                         self.assertEqual(main(shlex.split(command)), 0, command)
                 elif language == "text":
                     self.assertIn(without_numbers(text), without_numbers(printed.getvalue()))
@@ -110,9 +112,15 @@ class GuidesTest(unittest.TestCase):
         Path("example.json").write_text(example)
         self.assertEqual(olla.schedule(olla.Graph.load("example.json")).order, (0, 1))
 
+    def test_command_line(self) -> None:
+        _, text = self.follow(ROOT / "docs" / "command_line.md")
+        self.assertIn("\nThe plan is sound.\n", text)
+        self.assertIn("the measured peak is the planned one, to the byte", text)
+        self.assertTrue(Path("frontier.png").exists() and Path("plan.html").exists())
+
     def test_every_guide_is_followed(self) -> None:
-        followed = {"README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md"}
-        self.assertEqual({guide.name for guide in GUIDES}, followed)
+        guides = {"training.md", "own_step.md", "budgets.md", "command_line.md", "troubleshooting.md", "graphs.md"}
+        self.assertEqual({guide.name for guide in GUIDES}, {"README.md", *guides})
 
     def test_links_lead_somewhere(self) -> None:
         for guide in GUIDES:

@@ -18,7 +18,7 @@ __all__ = ["classification_loss", "segmentation_loss", "torchvision_model", "tra
 
 _FRAMES = 16  # of a video
 _LENGTH = 128  # of a text
-_CLASSES = 21  # of the smallest set that a model here is made for; what the targets are is all the same
+_CLASSES = 21  # the fewest that a model here tells apart
 
 # The model types that these names stand for, and how they differ from the usual configuration of their type.
 _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,14 +54,19 @@ def torchvision_model(name: str, request: Request) -> Target:
             f"torchvision:{name} is a model for {task.replace('_', ' ')}, which has no usual step here: write a script "
             "that defines model and inputs"
         )
-    shape = request.shape or _made_for(models.get_model_weights(name).DEFAULT.transforms())
-    images = torch.randn(request.batch_size or 1, *shape)
+    without = {"weights_backbone": None} if task == "segmentation" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initial values, which will be others some day
-        if task == "segmentation":
-            model = models.get_model(name, weights=None, weights_backbone=None)
-            return _trained(model, images, segmentation_loss, (len(images), *shape[1:]), request)
-        return _trained(models.get_model(name, weights=None), images, classification_loss, (len(images),), request)
+        model = models.get_model(name, weights=None, **without)
+    shape = request.shape or _shape_for(model, models.get_model_weights(name).DEFAULT.transforms())
+    batch = request.batch_size or 1
+    images = torch.randn(batch, *shape)
+    if request.train is False:
+        return Target(model.eval(), images)
+    of_pixels = task == "segmentation"
+    targets = torch.randint(_CLASSES, (batch, *shape[1:]) if of_pixels else (batch,))
+    optimizer = optimizer_for(model, request.optimizer or "SGD")
+    return Target(model.train(), images, segmentation_loss if of_pixels else classification_loss, targets, optimizer)
 
 
 def transformers_model(name: str, request: Request) -> Target:
@@ -95,12 +100,13 @@ def transformers_model(name: str, request: Request) -> Target:
     else:
         labels = torch.randint(config.get_text_config().vocab_size, (batch, *(request.shape or (_LENGTH,))))
         inputs["input_ids"] = labels.clone()
-    if request.train is False:
         if task == "Seq2SeqLM":
-            inputs["decoder_input_ids"] = labels
+            inputs["decoder_input_ids"] = labels.clone()
+    if request.train is False:
         return Target(model.eval(), inputs)
-    inputs["labels"] = labels
-    return Target(model.train(), inputs, optimizer=optimizer_for(model, request.optimizer or "SGD"))
+    return Target(
+        model.train(), {**inputs, "labels": labels}, optimizer=optimizer_for(model, request.optimizer or "SGD")
+    )
 
 
 def classification_loss(output: Any, target: Tensor) -> Tensor:
@@ -118,18 +124,14 @@ def segmentation_loss(output: dict[str, Tensor], target: Tensor) -> Tensor:
     return loss + 0.5 * F.cross_entropy(output["aux"], target) if "aux" in output else loss
 
 
-def _trained(model: nn.Module, images: Tensor, loss_fn: Any, targets: tuple[int, ...], request: Request) -> Target:
-    if request.train is False:
-        return Target(model.eval(), images)
-    optimizer = optimizer_for(model, request.optimizer or "SGD")
-    return Target(model.train(), images, loss_fn, torch.randint(_CLASSES, targets), optimizer)
-
-
-def _made_for(transforms: Any) -> tuple[int, ...]:
-    """The shape of what these transforms of torchvision make, without the batch."""
+def _shape_for(model: nn.Module, transforms: Any) -> tuple[int, ...]:
+    """The shape of what these transforms of torchvision make, without the batch, or of what the model insists on."""
     size = getattr(transforms, "crop_size", transforms.resize_size)
     height, width = size if len(size) == 2 else size * 2
-    return (3, _FRAMES, height, width) if type(transforms).__name__ == "VideoClassification" else (3, height, width)
+    if type(transforms).__name__ == "VideoClassification":
+        return (3, _FRAMES, height, width)
+    height = width = getattr(model, "image_size", height)
+    return (3, height, width)
 
 
 def _sides(config: Any) -> tuple[int, int]:
