@@ -91,11 +91,17 @@ class ScriptTest(FolderTest):
     def test_the_graph_that_is_written_is_the_one_that_is_planned(self) -> None:
         # Gradients of large weights are computed in slices only where the peak is, so planning changes the graph.
         Path("wide.py").write_text(
-            "import torch\nfrom torch import nn\nmodel = nn.Sequential(nn.Conv2d(64, 512, 3), nn.Conv2d(512, 512, 3))\n"
-            "inputs = torch.randn(1, 64, 12, 12)\n"
+            "import torch\nfrom torch import nn\n"
+            "model = nn.Sequential(nn.Conv2d(256, 512, 3), nn.Conv2d(512, 1024, 3))\n"
+            "inputs = torch.randn(1, 256, 7, 7)\n"
         )
-        self.assertEqual(run_main("plan", "wide.py", "--out", "p.json", "--graph-out", "g.json")[0], 0)
+        arguments = ("plan", "wide.py", "--optimizer", "sgd", "--out", "p.json", "--graph-out", "g.json")
+        self.assertEqual(run_main(*arguments)[0], 0)
         self.assertEqual(run_main("check", "g.json", "p.json")[0], 0)
+        model = nn.Sequential(nn.Conv2d(256, 512, 3), nn.Conv2d(512, 1024, 3))
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+        captured = olla.to_graph(model, torch.randn(1, 256, 7, 7), optimizer=optimizer)
+        self.assertNotEqual(captured.digest, olla.Graph.load("g.json").digest)
 
     def test_a_budget_is_kept_or_does_not_fit(self) -> None:
         plan = olla.Plan.from_dict(self.run_json("plan", "train.py", "--budget", "0.8"))

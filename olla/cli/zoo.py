@@ -83,7 +83,17 @@ def transformers_model(name: str, request: Request) -> Target:
     types = transformers.CONFIG_MAPPING
     if model_type not in types:
         raise OllaError(unknown("transformers has no model type", name, [*types, *_NAMED]))
-    config = transformers.AutoConfig.for_model(model_type, use_cache=False, **settings)
+    try:
+        return _made(
+            transformers, name, transformers.AutoConfig.for_model(model_type, use_cache=False, **settings), request
+        )
+    except OllaError:
+        raise
+    except Exception as error:  # of a type whose usual configuration is not enough, or that needs another package
+        raise OllaError(f"transformers:{name} cannot be made: {type(error).__name__}: {error}") from error
+
+
+def _made(transformers: ModuleType, name: str, config: Any, request: Request) -> Target:
     tasks = zip(_TASKS, _MAPPINGS, strict=True)
     task = next((t for t, m in tasks if type(config) in getattr(transformers, f"MODEL_FOR_{m}_MAPPING")), None)
     if task is None:
@@ -95,7 +105,7 @@ def transformers_model(name: str, request: Request) -> Target:
     batch = request.batch_size or 1
     inputs: dict[str, Tensor] = {}
     if task == "ImageClassification":
-        inputs["pixel_values"] = torch.randn(batch, *(request.shape or (config.num_channels, *_sides(config))))
+        inputs["pixel_values"] = torch.randn(batch, *(request.shape or _image_shape(config)))
         labels = torch.randint(config.num_labels, (batch,))
     else:
         labels = torch.randint(config.get_text_config().vocab_size, (batch, *(request.shape or (_LENGTH,))))
@@ -134,9 +144,10 @@ def _shape_for(model: nn.Module, transforms: Any) -> tuple[int, ...]:
     return (3, height, width)
 
 
-def _sides(config: Any) -> tuple[int, int]:
+def _image_shape(config: Any) -> tuple[int, ...]:
+    config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
 
 
 def _package(package: str, name: str) -> ModuleType:
