@@ -79,21 +79,20 @@ def transformers_model(name: str, request: Request) -> Target:
     """
     transformers = _package("transformers", name)
     transformers.logging.set_verbosity_error()
-    model_type, settings = _NAMED.get(name, (name, {}))
-    types = transformers.CONFIG_MAPPING
-    if model_type not in types:
-        raise OllaError(unknown("transformers has no model type", name, [*types, *_NAMED]))
+    known = [*transformers.CONFIG_MAPPING, *_NAMED]
+    if name not in known:
+        raise OllaError(unknown("transformers has no model type", name, known))
     try:
-        return _made(
-            transformers, name, transformers.AutoConfig.for_model(model_type, use_cache=False, **settings), request
-        )
+        return _made(transformers, name, request)
     except OllaError:
         raise
     except Exception as error:  # of a type whose usual configuration is not enough, or that needs another package
         raise OllaError(f"transformers:{name} cannot be made: {type(error).__name__}: {error}") from error
 
 
-def _made(transformers: ModuleType, name: str, config: Any, request: Request) -> Target:
+def _made(transformers: ModuleType, name: str, request: Request) -> Target:
+    model_type, settings = _NAMED.get(name, (name, {}))
+    config = transformers.AutoConfig.for_model(model_type, use_cache=False, **settings)
     tasks = zip(_TASKS, _MAPPINGS, strict=True)
     task = next((t for t, m in tasks if type(config) in getattr(transformers, f"MODEL_FOR_{m}_MAPPING")), None)
     if task is None:
