@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from olla.cli.zoo import classification_loss, segmentation_loss
 
 
 @dataclass
@@ -41,26 +42,12 @@ def classifier(name: str, *, shape: tuple[int, ...] = (3, 224, 224), **options: 
     return build
 
 
-def classification_loss(output: Any, target: Tensor) -> Tensor:
-    """Cross entropy; googlenet and inception_v3 add their auxiliary heads, weighted as in their papers."""
-    if isinstance(output, Tensor):
-        return F.cross_entropy(output, target)
-    main, *others = (head for head in output if head is not None)
-    weight = 0.3 if len(others) == 2 else 0.4
-    return F.cross_entropy(main, target) + weight * sum(F.cross_entropy(head, target) for head in others)
-
-
 def _segmentation(batch: int) -> Workload:
     import torchvision
 
     model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True)
     target = torch.randint(0, 21, (batch, 224, 224))
     return Workload(model, (torch.randn(batch, 3, 224, 224),), segmentation_loss, target)
-
-
-def segmentation_loss(output: dict[str, Tensor], target: Tensor) -> Tensor:
-    """Cross entropy of every pixel, with the auxiliary head at half the weight."""
-    return F.cross_entropy(output["out"], target) + 0.5 * F.cross_entropy(output["aux"], target)
 
 
 def _optical_flow(batch: int) -> Workload:

@@ -16,12 +16,12 @@ from olla.fit.budget import Budget, bytes_of
 from olla.fit.frontier import Frontier
 from olla.graph.graph import Graph
 from olla.graph.plan import Plan
-from olla.planning import Options
+from olla.planning import Draft, Options
 from olla.run.spill import SpillDir
 from olla.solve import require
 from olla.step import Step
 
-__all__ = ["frontier", "optimize", "optimize_step", "plan", "to_graph"]
+__all__ = ["draft", "frontier", "optimize", "optimize_step", "plan", "to_graph"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -201,9 +201,22 @@ def plan(
         As from :func:`optimize`.
     """
     options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
+    return draft(model, inputs, loss_fn=loss_fn, targets=targets, optimizer=optimizer, options=options).plan
+
+
+def draft(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    options: Options,
+) -> Draft:
+    """What :func:`plan` makes, with the graph that the plan is for."""
     step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
-    return step.plan_for(*args, **kwargs)
+    return step.draft_for(*args, **kwargs)
 
 
 def frontier(

@@ -218,10 +218,13 @@ class Step:
         finally:
             snapshot.restore()
 
-    def plan_for(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these arguments, made without allocating or preparing anything to run. Raises as a call does."""
+    def draft_for(self, *args: Any, **kwargs: Any) -> Draft:
+        """The plan for these arguments and its graph, made without allocating or preparing anything to run.
+
+        Raises as a call does.
+        """
         drafted = self._draft(args, kwargs)
-        return (with_estimated_addresses(drafted, self._options) if self._options.place else drafted).plan
+        return with_estimated_addresses(drafted, self._options) if self._options.place else drafted
 
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph:
         """The graph of the step for these arguments, not planned. Raises CaptureError if it cannot be captured."""

@@ -5,6 +5,7 @@ Works with torch 2.11 to 2.14. When a new release moves something, this is the f
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,23 @@ def real_tensors() -> AbstractContextManager[Any]:
 
 def trace_fake(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
     """Run ``function`` on fake tensors and record every operator call, with shapes in ``meta["val"]``."""
-    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    with _without_logged_errors():
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+
+
+@contextmanager
+def _without_logged_errors() -> Iterator[None]:
+    """What an operator rejects is raised; fake tensors log it, too, with a page of their own traceback."""
+    log = logging.getLogger(FakeTensor.__module__)
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return record.levelno != logging.ERROR
+
+    log.addFilter(quiet)
+    try:
+        yield
+    finally:
+        log.removeFilter(quiet)
 
 
 def graph_being_traced() -> fx.Graph:

@@ -85,12 +85,14 @@ class GuidesTest(unittest.TestCase):
         names, printed = prelude(), io.StringIO()
         with contextlib.redirect_stdout(printed), torch.random.fork_rng():
             for language, text in BLOCK.findall(guide.read_text()):
-                if language == "python":
+                if script := re.match(r"# (\w+\.py)\n", text):
+                    Path(script[1]).write_text(text)
+                elif language == "python":
                     for word, other in (instead or {}).items():
                         text = text.replace(word, other)
                     exec(compile(text, f"<{guide.name}>", "exec"), names)
                 elif language == "sh":
-                    for command in re.findall(r"^olla (.*)", text, re.MULTILINE):
+                    for command in re.findall(r"^(?:.*/)?olla (.*)", text, re.MULTILINE):
                         self.assertEqual(main(shlex.split(command)), 0, command)
                 elif language == "text":
                     self.assertIn(without_numbers(text), without_numbers(printed.getvalue()))
@@ -136,6 +138,12 @@ class GuidesTest(unittest.TestCase):
         example = next(block for language, block in BLOCK.findall(guide.read_text()) if language == "json")
         Path("example.json").write_text(example)
         self.assertEqual(olla.schedule(olla.Graph.load("example.json")).order, (0, 1))
+
+    def test_command_line(self) -> None:
+        _, text = self.follow(ROOT / "docs" / "command_line.md")
+        self.assertIn("\nThe plan is sound.\n", text)
+        self.assertIn("the measured peak is the planned one, to the byte", text)
+        self.assertTrue(Path("frontier.png").exists() and Path("plan.html").exists())
 
     def test_cuda(self) -> None:
         on_cpu = {} if torch.cuda.is_available() else {'"cuda"': '"cpu"', '"host"': '"."'}
@@ -200,7 +208,7 @@ class GuidesTest(unittest.TestCase):
         commands = [command for guide in GUIDES for command in commands_of(guide)]
         self.assertLessEqual(set(NOT_RUN), set(commands))
         for command in commands:
-            self.assertTrue(command.startswith(("olla ", "python ")) or command in NOT_RUN, command)
+            self.assertTrue(command.startswith(("olla ", ".venv/bin/olla ", "python ")) or command in NOT_RUN, command)
 
     @takes_long
     def test_commands_that_take_long(self) -> None:
@@ -220,7 +228,7 @@ class GuidesTest(unittest.TestCase):
     def test_every_guide_is_followed(self) -> None:
         followed = {
             "README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md", "cuda.md",
-            "solvers.md", "how_it_works.md",
+            "solvers.md", "how_it_works.md", "command_line.md",
         }  # fmt: skip
         self.assertEqual({guide.name for guide in GUIDES}, {*followed, "reference.md"})
         listed = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text())}

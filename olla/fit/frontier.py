@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from olla.errors import InfeasibleError, InvalidBudgetError
 from olla.fit.fitting import Fitting
@@ -21,6 +22,7 @@ class Frontier:
 
     schedules: tuple[Schedule, ...]  # first an order, without repeats or spills; last the smallest peak found
     baseline_peak_bytes: int  # of eager PyTorch
+    persistent_bytes: int  # part of a budget, and not of a peak
     seconds: float  # of all ops, run once
 
     def __str__(self) -> str:
@@ -32,6 +34,24 @@ class Frontier:
             again, spilled = len(extra_runs(found.order)), len(found.spills)
             lines.append(f"{found.peak_bytes:>16,}{share:>10.1%}{more:>11.1%}{least:>10.1%}{again:>11,}{spilled:>9,}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the table shows, as JSON-ready data. Bytes and seconds."""
+        return {
+            "baseline_peak_bytes": self.baseline_peak_bytes,
+            "persistent_bytes": self.persistent_bytes,
+            "seconds": self.seconds,
+            "points": [
+                {
+                    "peak_bytes": found.peak_bytes,
+                    "extra_seconds": found.extra_seconds,
+                    "extra_seconds_lower_bound": found.extra_seconds_lower_bound,
+                    "recomputed": len(extra_runs(found.order)),
+                    "spilled": len(found.spills),
+                }
+                for found in self.schedules
+            ],
+        }
 
 
 def frontier(
@@ -69,7 +89,7 @@ def frontier(
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
     found = [work.within(budget, time_limit=limit) for budget in sorted({*budgets, start.peak_bytes}, reverse=True)]
-    return Frontier(tuple(_falling(found)), eager_peak_bytes(graph), sum(seconds))
+    return Frontier(tuple(_falling(found)), eager_peak_bytes(graph), graph.persistent_bytes, sum(seconds))
 
 
 def _falling(found: Sequence[Schedule]) -> Iterator[Schedule]:
