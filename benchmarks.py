@@ -228,7 +228,6 @@ def _run_cases(options: argparse.Namespace, command: str) -> list[Row]:
     ops_path = options.log_path.with_suffix(".ops.csv")
     if options.gpu_profile and not options.append_log:
         ops_path.unlink(missing_ok=True)
-    done: list[Row] = []
 
     def run(row: Row) -> None:
         nonlocal log
@@ -237,16 +236,8 @@ def _run_cases(options: argparse.Namespace, command: str) -> list[Row]:
                 run_case(row, options)
             log = [other for other in log if other.case != row.case] + [row]
             write_log(log, options.log_path)
-        done.append(row)
 
-    try:
-        show(cases, run)
-    except KeyboardInterrupt:
-        print(
-            f"Stopped. {len(done)} of {len(cases)} rows are done, and in {options.log_path}; to go on, give the same "
-            "options and --append-log."
-        )
-        raise
+    show(cases, run)
     _show_summary(cases, options)
     return cases
 
@@ -328,6 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(f"Stopped. What was done is in {options.log_path}; to go on, give the same options and --append-log.")
         return 130
     return 0 if any(not row.error for row in rows) else 1
 

@@ -12,10 +12,11 @@ import torch
 def machine(device: str) -> str:
     """Processor, cores, memory, GPU if rows run on it, and PyTorch with its threads: what figures depend on."""
     gibibytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    parts = [_processor(), f"{len(os.sched_getaffinity(0))} cores", f"{gibibytes:.0f} GiB"]
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    parts = [_processor(), f"{cores} core{'s' * (cores > 1)}", f"{gibibytes:.0f} GiB"]
     if device == "cuda":
         parts.append(torch.cuda.get_device_name())
-    return ", ".join([*parts, f"torch {torch.__version__} with {torch.get_num_threads()} threads"])
+    return ", ".join([*parts, f"torch {torch.__version__} on {threads} thread{'s' * (threads > 1)}"])
 
 
 def _processor() -> str:

@@ -25,11 +25,13 @@ def draw_peaks(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     found = panels(row for row in rows if not row.error)
-    height = sum(1.0 + 0.34 * len(of_panel) for of_panel in found)  # inches
-    ratios = [1.0 + 0.34 * len(of_panel) for of_panel in found]
-    shape = {"figsize": (8, height + 0.4), "height_ratios": ratios, "squeeze": False, "layout": "constrained"}
-    figure, column = pyplot.subplots(len(found), 1, **shape)
-    for of_panel, axes in zip(found, column[:, 0], strict=True):
+    columns = min(len(found), 2)
+    height = 0.5 + (1.0 + 0.34 * max(map(len, found))) * -(-len(found) // columns)  # inches
+    figure, grid = pyplot.subplots(-(-len(found) // columns), columns, figsize=(7 * columns, height), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for axes in grid.flat[len(found) :]:
+        axes.set_visible(False)
+    for of_panel, axes in zip(found, grid.flat, strict=False):
         source = "simulated" if any(row.measured_planned_bytes is None for row in of_panel) else "measured"
         for at, row in enumerate(of_panel):
             eager, planned = (getattr(row, f"{source}_{order}_bytes") or 0 for order in ("eager", "planned"))
@@ -41,9 +43,10 @@ def draw_peaks(rows: Sequence[Row], path: Path) -> None:
         axes.set(ylim=(len(of_panel) - 0.4, -0.6), xlabel=f"{source} peak above what lives across steps, MiB")
         mode = "training" if of_panel[0].mode == "train" else "inference"
         axes.set_title(f"{mode}, batch {of_panel[0].batch_size}", loc="left", fontsize=10)
-        axes.margins(x=0.08)
+        axes.margins(x=0.12)
         _plain(axes)
-    figure.legend(*column[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        axes.grid(visible=False, axis="y")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
