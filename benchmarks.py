@@ -195,6 +195,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.peers else "cpu")
     if min(options.batch_size or [1]) < 1:
         parser.error("--batch-size must be positive")
+    if not options.log_path.parent.is_dir():
+        parser.error(f"--log-path {options.log_path}: there is no folder {options.log_path.parent}")
     return options
 
 

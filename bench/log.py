@@ -8,11 +8,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from olla.errors import OllaError
 
 T = TypeVar("T")
+
+_READ = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float, str: str}
 
 
 def write_log(rows: Sequence[Any], path: Path) -> None:
@@ -35,48 +38,38 @@ def read_log(path: Path, kind: type[T]) -> list[T]:
     Raises
     ------
     OllaError
-        If the file cannot be read, or is not such a log; the message names the column and the line.
+        If the file cannot be read, or is not such a log; the message names the columns, or the line.
     """
-    types = get_type_hints(kind)
+    names = kind.__annotations__.keys()
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            wrong = sorted(types.keys() ^ set(reader.fieldnames or ()))
-            if wrong:
+            if wrong := sorted(names ^ set(reader.fieldnames or ())):
                 raise OllaError(
                     f"{path}: not a log of this version and of these rows: it lacks, or has besides, {len(wrong)} of "
                     f"its columns: {', '.join(wrong[:3])}; name another file with --log-path"
                 )
-            return [kind(**_values(line, types, f"{path}, line {reader.line_num}")) for line in reader]
+            return [_row(line, kind, f"{path}, line {reader.line_num}") for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise OllaError(f"{path}: cannot be read as a log: {error}") from error
+        raise OllaError(f"{path}: cannot be read as a log: {error}; name another file with --log-path") from error
 
 
-def _values(line: dict[str, str], types: dict[str, Any], where: str) -> dict[str, Any]:
-    values = {}
-    for name, expected in types.items():
-        try:
-            values[name] = _value(line[name], expected)
-        except (TypeError, ValueError, KeyError):
-            text = "nothing" if line[name] is None else repr(line[name])
-            raise OllaError(
-                f"{where}: {name} is {text}, not {expected}; mend or remove the line, or name another file with "
-                "--log-path"
-            ) from None
+def _row(line: dict[str, str | None], kind: type[T], where: str) -> T:
+    remedy = "mend or remove the line, or name another file with --log-path"
     if None in line:
-        raise OllaError(f"{where}: more values than columns; mend or remove the line")
-    return values
+        raise OllaError(f"{where}: more values than columns; {remedy}")
+    values = {}
+    for name, expected in get_type_hints(kind).items():
+        try:
+            values[name] = _value(line[name], get_args(expected) or (expected,))
+        except (KeyError, ValueError):
+            found = "missing" if line[name] is None else f"{line[name]!r}, not {kind.__annotations__[name]}"
+            raise OllaError(f"{where}: {name} is {found}; {remedy}") from None
+    return kind(**values)
 
 
-def _value(text: str, expected: Any) -> Any:
-    """What stands for a value of this type; nothing stands for None, where that is one."""
+def _value(text: str | None, kinds: tuple[type, ...]) -> Any:
+    """What the text says; no text is None, where that may be."""
     if text is None:
         raise ValueError
-    if expected is str:
-        return text
-    if text == "" and expected == expected | None:
-        return None
-    for kind, read in ((bool, {"True": True, "False": False}.__getitem__), (int, int), (float, float), (str, str)):
-        if kind is expected or expected == kind | None:
-            return read(text)
-    raise TypeError
+    return None if text == "" and NoneType in kinds else _READ[kinds[0]](text)

@@ -230,7 +230,7 @@ class LogTest(unittest.TestCase):
             "has besides, 1 of its columns: ops;": f"{header.replace(',ops,', ',')}\n{line}\n",
             "line 3: batch_size is 'two'": f"{header}\n{line}\n{line.replace('tiny,1,', 'tiny,two,')}\n",
             "line 2: batch_size is ''": f"{header}\n{line.replace('tiny,1,', 'tiny,,')}\n",
-            "line 2: mode is nothing": f"{header}\ntiny,1\n",
+            "line 2: mode is missing": f"{header}\ntiny,1\n",
             "line 2: more values than columns": f"{header}\n{line},1\n",
             "not a log of this version": "",
             "cannot be read": '"model\n',
@@ -287,6 +287,11 @@ class LogTest(unittest.TestCase):
         self.assertIn("must stand there once", said)
         self.assertEqual(list((self.root / "docs").iterdir()), [])
         self.assertEqual(readme.read_text(), "<!-- table: quick -->\nno end\n")
+
+    def test_a_log_that_cannot_be_written_is_found_out_before_anything_runs(self) -> None:
+        with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
+            benchmarks.main(["-m", "resnet18", "--log-path", str(self.root / "none" / "log.csv")])
+        self.assertIn("there is no folder", error.getvalue())
 
     def test_what_is_written_runs_nothing(self) -> None:
         with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
