@@ -11,8 +11,9 @@ from bench.row import Row
 from olla.order.baselines import INDUCTOR
 
 PAPER = (
-    "The paper's claim, not measured here: with OLLA, neural networks are trained "
-    "“using one-third less memory on average” (abstract of arXiv 2210.12924)."
+    "The paper's claim, not measured here: about one-third less memory on average (abstract of arXiv 2210.12924). For "
+    "large graphs, its authors give the integer programs for the order and for the addresses 30 minutes each, and stop "
+    "at gaps of 0.5 % and 0.1 %."
 )
 
 
