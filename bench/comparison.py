@@ -74,5 +74,6 @@ def _budget(saving: float, workload: Workload, training: dict[str, Any]) -> int:
 
 def _available_bytes(device: str) -> int:
     if device == "cuda":
+        torch.cuda.empty_cache()  # what simulating left there
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
