@@ -1,23 +1,27 @@
 """The paper's table, executed: what OLLA does to the peak memory of real models.
 
+    python benchmarks.py                              all models x batch 1 and 32 x train and eval, as in the paper
     python benchmarks.py --quick                      five models, a minute or two
     python benchmarks.py -m resnet18 -b 1 --mode train
-    python benchmarks.py                              all models x batch 1 and 32 x train and eval
-    python benchmarks.py --simulate                   the same, planned only: nothing is allocated
+    python benchmarks.py --simulate                   planned only: no step is run, and nothing is allocated
     python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
     python benchmarks.py --rematerialization          smaller and smaller byte budgets, kept by recomputing
     python benchmarks.py --spilling                   the same, kept by recomputing and by spilling to a file
     python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
     python benchmarks.py --peers                      PyTorch's own means to save memory, and OLLA within budgets
+    python benchmarks.py --write                      docs/results.md and the README's table, from the log
 
-Every row plans one step of a model; where the step fits into memory, the planned and the eager step
-are run side by side and the allocator is asked for both peaks. The planned step runs in an arena, at
-planned addresses. Weights are random: no download.
-With --simulate, models are on the meta device, and the plan is compared with the orders that PyTorch
-Inductor chooses among (least peak memory first, breadth first, depth first). "Reserved" is what the
-CUDA caching allocator would take from the driver for two such steps, by the model of it in
-olla/measure/caching_allocator.py. With --gpu-profile, both steps run op by op; on a GPU, "reserved" is
-measured, without one, what was recorded is replayed through that model.
+Every row plans one step of a model on the meta device, order and addresses, and compares the order with those that
+PyTorch Inductor chooses among (least peak memory first, breadth first, depth first). "Reserved" is what the CUDA
+caching allocator would take from the driver for two such steps, by the model of it in
+olla/measure/caching_allocator.py: in eager PyTorch's order, in the planned one, and for the arena with the results,
+which are outside of it. Where the step fits into memory, the planned and the eager step are then run side by side and
+the allocator is asked for both peaks; above batch 1 only with --batch-size or --execute. The planned step runs in an
+arena, at planned addresses. Weights are random: no download. A picture of the peaks is drawn beside the log.
+Ctrl-C keeps the rows that are done; with --append-log, a row that the log holds is shown, and not run again, unless
+it failed or was run on another machine.
+With --gpu-profile, both steps run op by op; on a GPU, "reserved" is measured, without one, what was recorded is
+replayed through that model.
 With --rematerialization, each step is planned and run within budgets that save 10, 25, 50 and 75 % of what eager
 PyTorch needs above what lives across steps, and within the smallest budget that is found. With --spilling, tensors may
 also go to a file in a folder beside the log, where that takes less time, or nothing else fits.
@@ -33,9 +37,14 @@ after two steps, losses and parameters are those of eager PyTorch, bit for bit.
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
+import shlex
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -44,22 +53,32 @@ import torch
 
 from bench.comparison import SAVINGS, compare
 from bench.contest import Result, show_contest
+from bench.document import write_document
 from bench.ilp import FORMS, ILP, solve_form
-from bench.log import write_log
+from bench.log import read_log, write_log
+from bench.machine import machine
 from bench.malloc import tune_malloc
 from bench.models import MODELS, QUICK
-from bench.picture import draw
+from bench.picture import draw_contests, draw_peaks
 from bench.profile import profile
 from bench.row import Row
-from bench.simulation import simulate, summary
-from bench.table import show
+from bench.simulation import simulate
+from bench.summary import PAPER, SUMMARY_COLUMNS, summaries
+from bench.table import show, show_table
 from bench.training import SUBJECTS
+from olla.errors import OllaError
 from olla.solve import available
+
+ROOT = Path(__file__).parent
+# Options that decide what a row holds, beside those that are its columns.
+_DECIDING = ("execute", "gpu_profile", "profile_alloc_time", "skip_node_ordering", "skip_simulation", "spilling")
+_DECIDING += ("tuned_malloc",)
 
 
 def run_case(row: Row, options: argparse.Namespace) -> None:
     """Plan one case and, where it fits, run and measure it. Errors become part of the row."""
-    case = profile if options.gpu_profile else simulate if options.simulate else solve_form if row.form else compare
+    is_planned_only = "--simulate" in row.options.split()
+    case = profile if options.gpu_profile else solve_form if row.form else simulate if is_planned_only else compare
     try:
         case(row, options)
     except Exception as error:  # one failing model must not end the run
@@ -87,21 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mode", choices=("eval", "train"), action="append", help="may be repeated; default both")
     parser.add_argument("--log-path", type=Path, default=Path("benchmarks.csv"), help="default %(default)s")
-    parser.add_argument("--append-log", action="store_true", help="keep the rows that the log holds already")
-    parser.add_argument("--skip-simulation", action="store_true", help="only measure: leave simulated peaks out")
+    parser.add_argument(
+        "--append-log", action="store_true", help="go on: keep the rows that the log holds already, and run the others"
+    )
+    parser.add_argument("--skip-simulation", action="store_true", help="only measure, at any batch size")
     parser.add_argument("--skip-node-ordering", action="store_true", help="run the ops in program order")
     parser.add_argument(
         "--execute",
-        action=argparse.BooleanOptionalAction,
-        help="run both sides and measure, or never; default: if the step fits into memory",
+        action="store_true",
+        help="run both sides and measure, at any batch size, even if the step does not seem to fit into memory",
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"{', '.join(QUICK)} at batch 1 in training mode, unless said otherwise"
     )
-    parser.add_argument(
-        "--simulate", action="store_true", help="plan only, on the meta device, and compare with PyTorch Inductor"
-    )
-    parser.add_argument("--generate-addresses", action="store_true", help="with --simulate: plan addresses, too")
+    parser.add_argument("--simulate", action="store_true", help="plan only, on the meta device")
     parser.add_argument(
         "--gpu-profile",
         action="store_true",
@@ -140,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--solve-seconds", type=float, default=60.0, help="with --ilp: the limit of each solver; default %(default)s"
     )
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/results.md and the README's table from the log, and stop"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the models and stop")
     return parser
 
@@ -148,6 +169,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, in which nothing is left that makes no sense together."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    if options.write and given - {"write", "log_path"}:
+        parser.error("--write runs nothing: only --log-path goes with it")
     measuring = options.execute or options.skip_simulation or options.skip_node_ordering
     measuring = measuring or (options.tuned_malloc and not options.peers)
     options.within_budgets = options.rematerialization or options.spilling
@@ -157,10 +181,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             "--simulate, --gpu-profile, --rematerialization or --spilling, --ilp and --peers exclude each other, "
             "and how to measure"
         )
-    if (options.generate_addresses and not options.simulate) or (
-        options.profile_alloc_time and not options.gpu_profile
-    ):
-        parser.error("--generate-addresses needs --simulate, --profile-alloc-time needs --gpu-profile")
+    if options.profile_alloc_time and not options.gpu_profile:
+        parser.error("--profile-alloc-time needs --gpu-profile")
     if options.peers and (options.batch_size or options.mode or options.quick):
         parser.error("--peers has batches of its own, in training: leave --batch-size, --mode and --quick out")
     known = SUBJECTS if options.peers else MODELS
@@ -173,56 +195,115 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.peers else "cpu")
     if min(options.batch_size or [1]) < 1:
         parser.error("--batch-size must be positive")
+    if not options.log_path.parent.is_dir():
+        parser.error(f"--log-path {options.log_path}: there is no folder {options.log_path.parent}")
     return options
 
 
-def _cases(options: argparse.Namespace) -> list[Row]:
+def _cases(options: argparse.Namespace, command: str) -> list[Row]:
     names = options.model or list(QUICK if options.quick else ILP if options.ilp else MODELS)
     batches = options.batch_size or ([1] if options.quick else [1, 32])
     modes = options.mode or (["train"] if options.quick or options.ilp or options.within_budgets else ["train", "eval"])
-    cases = [Row(*case) for case in product(names, batches, modes)]
+    made = {"machine": machine(options.device), "date": str(datetime.date.today()), "command": command}
+    given = [f"--{name.replace('_', '-')}" for name in _DECIDING if getattr(options, name)]
+    given += [f"--solve-seconds {options.solve_seconds:g}"] * options.ilp
+    cases = [
+        Row(*case, options=" ".join(given), device=options.device, **made) for case in product(names, batches, modes)
+    ]
     if options.ilp:
         tasks = list(product(options.form or FORMS, options.solver or available()))
-        cases = [replace(case, form=form, solver=solver) for case in cases for form, solver in tasks]
+        return [replace(case, device=None, form=form, solver=solver) for case in cases for form, solver in tasks]
     if options.within_budgets:
-        cases = [replace(case, wanted_saving=saving) for case in cases for saving in SAVINGS]
-    return cases
+        return [replace(case, wanted_saving=saving) for case in cases for saving in SAVINGS]
+    at_any_batch = options.batch_size or options.execute or options.skip_simulation or options.gpu_profile
+    planned_only = {"device": None, "options": " ".join([*given, "--simulate"])}
+    return [
+        replace(case, **planned_only) if options.simulate or not (at_any_batch or case.batch_size == 1) else case
+        for case in cases
+    ]
 
 
-def _run_cases(options: argparse.Namespace) -> list[Row]:
+def _run_cases(options: argparse.Namespace, command: str) -> list[Row]:
+    log = read_log(options.log_path, Row) if options.append_log and options.log_path.exists() else []
+    known = {row.case: row for row in log if not row.error}
+    cases = [known.get(case.case, case) for case in _cases(options, command)]
     ops_path = options.log_path.with_suffix(".ops.csv")
     if options.gpu_profile and not options.append_log:
         ops_path.unlink(missing_ok=True)
-    rows: list[Row] = []
-    for row in show(_cases(options), lambda row: run_case(row, options)):
-        rows.append(row)
-        write_log([row], options.log_path, append=options.append_log or len(rows) > 1)
-    if options.simulate:
-        print(summary(rows))
+
+    def run(row: Row) -> None:
+        nonlocal log
+        if row.case not in known:
+            with _interrupts():
+                run_case(row, options)
+            log = [other for other in log if other.case != row.case] + [row]
+            write_log(log, options.log_path)
+
+    show(cases, run)
+    _show_summary(cases, options)
+    return cases
+
+
+def _show_summary(rows: list[Row], options: argparse.Namespace) -> None:
+    if found := summaries(rows):
+        show_table("Means over the models, simulated", SUMMARY_COLUMNS, found)
+        print(PAPER)
     if options.ilp:
         print(
             "For comparison, a claim of the authors of MODeL, with Gurobi on a larger machine, not measured here:\n"
             "order and addresses of their models in less than 7 seconds (median)."
         )
-    also = f", those of each operator in {ops_path}" if options.gpu_profile else ""
+    also = f", those of each operator in {options.log_path.with_suffix('.ops.csv')}" if options.gpu_profile else ""
+    if drawn := [row for row in rows if not (row.error or row.form or row.wanted_saving)]:
+        draw_peaks(drawn, options.log_path.with_suffix(".png"))
+        also += f", a picture of the peaks in {options.log_path.with_suffix('.png')}"
     print(f"The figures are in {options.log_path}{also}.")
-    return rows
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C ends what is inside, even if a planner took it as the wish for what it had found so far."""
+    heard: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _run_contests(options: argparse.Namespace) -> list[Result]:
     picture_path = options.log_path.with_suffix(".png")
-    results: list[Result] = []
+    results = read_log(options.log_path, Result) if options.append_log and options.log_path.exists() else []
     for name in options.model or SUBJECTS:
-        contest = show_contest(name)
-        write_log(contest, options.log_path, append=options.append_log or bool(results))
-        results += contest
-        draw(results, picture_path)
+        if name not in {result.model for result in results}:
+            results += show_contest(name)
+            write_log(results, options.log_path)
+        draw_contests(results, picture_path)
     print(f"The figures are in {options.log_path}, a picture of them in {picture_path}.")
     return results
 
 
+def _command(arguments: list[str]) -> str:
+    """What was typed, but for where the log is, and whether it was there."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--log-path")
+    parser.add_argument("--append-log", action="store_true")
+    return shlex.join(["python", "benchmarks.py", *parser.parse_known_args(arguments)[1]])
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmarks; returns the exit status: 0 if at least one case ran without an error."""
+    """Run the benchmarks; returns the exit status.
+
+    0 if at least one case ran without an error, 1 if none did, 2 if the log, or what is to be written, is wrong, and
+    130 after Ctrl-C.
+    """
     options = _parse(arguments)
     if options.list:
         print("\n".join(MODELS))
@@ -230,7 +311,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tuned_malloc or options.peers:
         tune_malloc()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    rows = _run_contests(options) if options.peers else _run_cases(options)
+    try:
+        if options.write:
+            print("Written: " + ", ".join(map(str, write_document(read_log(options.log_path, Row), ROOT))))
+            return 0
+        command = _command(sys.argv[1:] if arguments is None else arguments)
+        rows = _run_contests(options) if options.peers else _run_cases(options, command)
+    except OllaError as error:
+        print(f"benchmarks.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"Stopped. What was done is in {options.log_path}; to go on, give the same options and --append-log.")
+        return 130
     return 0 if any(not row.error for row in rows) else 1
 
 

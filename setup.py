@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BENCH = ["pandas>=2.2,<4", "torchvision>=0.26,<0.30", "transformers>=5,<6"]
+BENCH = ["matplotlib>=3.8,<4", "pandas>=2.2,<4", "torchvision>=0.26,<0.30", "transformers>=5,<6"]
 DRAW = ["matplotlib>=3.8,<4", "pydot>=4,<5"]
 HIGHS = ["highspy>=1.11,<2"]
 CPSAT = ["ortools>=9.15,<10"]

@@ -12,13 +12,15 @@ import torch
 import olla
 from bench.models import Workload
 from bench.row import Row, workload_of
+from bench.simulation import simulate
 
 SAVINGS = {0.1: "10 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "all"}  # of the peak, within budgets
 
 
 def compare(row: Row, options: argparse.Namespace) -> None:
-    """Plan one case; where it fits into memory, or as told, run and measure it; spill to a folder beside the log."""
-    row.device = options.device
+    """Simulate one case, and run and measure it where it fits into memory, or as told; spill beside the log."""
+    if row.wanted_saving is None and not options.skip_simulation:
+        simulate(row, options)
     with torch.device(row.device):
         workload, training = workload_of(row)
     if not options.spilling:
@@ -35,13 +37,14 @@ def _compare(row: Row, options: argparse.Namespace, workload: Workload, training
         training["memory_budget"] = _budget(row.wanted_saving, workload, training)
     step = olla.optimize(workload.model, workload.inputs, **training, reorder=reorder, progress=False)
     plan = step.plan
-    row.note(plan)
-    if not options.skip_simulation:
+    if row.wanted_saving is not None:
         row.note_simulated(plan)
-    row.capture_seconds = step.capture_seconds
+    if row.ops is None:
+        row.note(plan)
+        row.capture_seconds = step.capture_seconds
     # Measuring keeps a copy of what lives across steps; half as much again for workspaces.
     needed = plan.persistent_bytes * 2 + plan.baseline_peak_bytes * 3 // 2
-    if options.execute is False or (options.execute is None and needed > _available_bytes(row.device)):
+    if not options.execute and needed > _available_bytes(row.device):
         return
     measured = workload.call(step.measure, train=row.mode == "train")
     row.measured_eager_bytes, row.measured_planned_bytes = measured.baseline_peak_bytes, measured.peak_bytes
@@ -53,7 +56,7 @@ def _compare(row: Row, options: argparse.Namespace, workload: Workload, training
         row.recomputed, row.spilled_bytes = len(step.plan.recomputed), measured.spilled_bytes
         row.spill_seconds = measured.spill_seconds if step.plan.spills else None
         row.extra_seconds, row.least_extra_seconds = step.plan.extra_seconds, step.plan.extra_seconds_lower_bound
-    row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
+        row.lower_bound_bytes, row.gap, row.status = step.plan.lower_bound_bytes, step.plan.gap, step.plan.status
 
 
 def _budget(saving: float, workload: Workload, training: dict[str, Any]) -> int:
@@ -71,5 +74,6 @@ def _budget(saving: float, workload: Workload, training: dict[str, Any]) -> int:
 
 def _available_bytes(device: str) -> int:
     if device == "cuda":
+        torch.cuda.empty_cache()  # what simulating left there
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""A picture of contests: what each contender needs in bytes, against what it costs in time."""
+"""Pictures: peaks of eager PyTorch and of OLLA side by side, and peaks of contenders against their times."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from bench.contest import Result
 from bench.peers import EAGER, OLLA
+from bench.row import Row
+from bench.summary import panels, saved
 
 # Of the peers, by the first words of their names.
 _COLORS = {EAGER: "#222222", "optimizer": "#55a868", "checkpoint": "#4c72b0", "torch.compile": "#dd8452"}
@@ -15,16 +17,50 @@ _OLLA_COLOR = "#c44e52"
 _MARKERS = "os^DvP"  # in turn, within a color
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
+def draw_peaks(rows: Sequence[Row], path: Path) -> None:
+    """Write a PNG with a panel for each mode and batch size: two bars for each model, and the saving.
+
+    Peaks of a panel are measured, if all of them are, else simulated. What failed is not in it.
+    """
+    from matplotlib import pyplot
+
+    found = panels(row for row in rows if not row.error)
+    columns = min(len(found), 2)
+    height = 0.5 + (1.0 + 0.34 * max(map(len, found))) * -(-len(found) // columns)  # inches
+    figure, grid = pyplot.subplots(-(-len(found) // columns), columns, figsize=(7 * columns, height), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for axes in grid.flat[len(found) :]:
+        axes.set_visible(False)
+    for of_panel, axes in zip(found, grid.flat, strict=False):
+        source = "simulated" if any(row.measured_planned_bytes is None for row in of_panel) else "measured"
+        for at, row in enumerate(of_panel):
+            eager, planned = (getattr(row, f"{source}_{order}_bytes") or 0 for order in ("eager", "planned"))
+            axes.barh(at - 0.18, eager / 2**20, 0.36, color=_COLORS[EAGER], label=EAGER if at == 0 else None)
+            axes.barh(at + 0.18, planned / 2**20, 0.36, color=_OLLA_COLOR, label=OLLA if at == 0 else None)
+            text = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{saved(planned, eager):.0%} saved", (eager / 2**20, at), (4, 0), **text)
+        axes.set_yticks(range(len(of_panel)), [row.model for row in of_panel], fontsize=8)
+        axes.set(ylim=(len(of_panel) - 0.4, -0.6), xlabel=f"{source} peak above what lives across steps, MiB")
+        mode = "training" if of_panel[0].mode == "train" else "inference"
+        axes.set_title(f"{mode}, batch {of_panel[0].batch_size}", loc="left", fontsize=10)
+        axes.margins(x=0.12)
+        _plain(axes)
+        axes.grid(visible=False, axis="y")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_contests(results: Sequence[Result], path: Path) -> None:
     """Write a PNG with a panel for each model; the lower left is the best place. What failed is not in it."""
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(result.model for result in results))
     width = 3.6 * (len(models) + 1)  # inches; the last column is the legend's
-    figure, panels = pyplot.subplots(1, len(models), figsize=(width, 3.8), squeeze=False, layout="constrained")
+    figure, columns = pyplot.subplots(1, len(models), figsize=(width, 3.8), squeeze=False, layout="constrained")
     styles = _styles(list(dict.fromkeys(result.contender for result in results)))
     known: dict[str, Any] = {}  # what the legend explains
-    for model, axes in zip(models, panels[0], strict=True):
+    for model, axes in zip(models, columns[0], strict=True):
         shown = [result for result in results if result.model == model and result.time_ratio is not None]
         for result in shown:
             if result.contender in styles:
@@ -35,13 +71,17 @@ def draw(results: Sequence[Result], path: Path) -> None:
             [known[f"{OLLA}, without a budget and within some"]] = axes.plot(*zip(*ours, strict=True), **line)
         axes.set_title(model, loc="left", fontsize=10)
         axes.set(xlabel="step time, eager PyTorch = 1", ylim=0)
-        axes.grid(color="#eeeeee")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("peak above what lives across steps, MiB")
+        _plain(axes)
+    columns[0][0].set_ylabel("peak above what lives across steps, MiB")
     figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _point(result: Result) -> tuple[float, float]:

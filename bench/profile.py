@@ -24,7 +24,6 @@ from olla.run.arena import Arena, Clock, Replay
 
 def profile(row: Row, options: argparse.Namespace) -> None:
     """Both steps op by op: what is allocated, and what the caching allocator reserves for it."""
-    row.device = options.device
     with torch.device(row.device):
         workload, training = workload_of(row)
     step = olla.optimize(workload.model, workload.inputs, **training, progress=False)

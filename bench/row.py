@@ -21,13 +21,21 @@ class Row:
     model: str
     batch_size: int
     mode: str
-    device: str | None = None  # that it ran on
+    options: str = ""  # those that decide what a row holds, as they are given
+    device: str | None = None  # that it runs on; None: it is planned only
+    machine: str = ""
+    date: str = ""
+    command: str = ""  # that made it
     ops: int | None = None
     persistent_bytes: int | None = None
     simulated_eager_bytes: int | None = None
     simulated_planned_bytes: int | None = None
     reserved_eager_bytes: int | None = None
     reserved_planned_bytes: int | None = None
+    reserved_arena_bytes: int | None = None  # with the results, which are outside of it
+    simulated_arena_bytes: int | None = None
+    simulated_fragmentation: float | None = None  # of that arena
+    placing_seconds: float | None = None
     lower_bound_bytes: int | None = None
     gap: float | None = None
     status: str | None = None
@@ -41,7 +49,6 @@ class Row:
     measured_saving: float | None = None
     arena_bytes: int | None = None
     fragmentation: float | None = None  # of the arena
-    placing_seconds: float | None = None
     missed: int | None = None  # allocations of one step that are not where they were planned
     exact: bool | None = None  # whether the measured peak is the planned one, to the byte
     eager_step_seconds: float | None = None
@@ -64,6 +71,12 @@ class Row:
     objective: float | None = None  # bytes; of the forms "recompute" and "spill" seconds
     bound: float | None = None
     error: str = ""
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        """What is asked, and of which machine: rows of one case say the same, but for times."""
+        what = (self.model, self.batch_size, self.mode, self.wanted_saving, self.form, self.solver)
+        return (*what, self.options, self.device, self.machine)
 
     def note(self, plan: olla.Plan) -> None:
         """Take over what every plan says."""
@@ -89,8 +102,8 @@ def workload_of(row: Row) -> tuple[Workload, dict[str, Any]]:
 
 
 def captured(row: Row) -> olla.Graph:
-    """The graph of a case, whose model is on the meta device."""
-    with torch.device("meta"):
+    """The graph of a case, whose model is on the meta device, where it is planned as on a CPU; or on the GPU."""
+    with torch.device("cuda" if row.device == "cuda" else "meta"):
         workload, training = workload_of(row)
     started = time.perf_counter()
     graph = olla.to_graph(workload.model, workload.inputs, **training)
