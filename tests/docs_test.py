@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -84,6 +85,36 @@ class GuidesTest(unittest.TestCase):
         names, _ = self.follow(ROOT / "docs" / "own_step.md")
         self.assertEqual((names["loss"].dtype, names["norm"].shape), (torch.float32, ()))
 
+    @unittest.skipUnless(importlib.util.find_spec("accelerate"), "Trainer needs accelerate")
+    def test_trainer(self) -> None:
+        guide = ROOT / "docs" / "trainer.md"
+        names, text = self.follow(guide)
+        self.assertIn("planned addresses", text)
+        planned = re.search(r"^class PlannedTrainer.*?return self.step\(\*batch\)\n", guide.read_text(), re.S | re.M)
+        self.assertIn(planned[0], (ROOT / "examples" / "trainer.py").read_text())
+        self.assert_padding_does_not_count(names)
+
+    def assert_padding_does_not_count(self, names: dict[str, Any]) -> None:
+        model = names["model"].eval()  # without dropout, whose masks are another story for another length
+        tokens = names["tokens"]
+        alone = model(input_ids=tokens, labels=tokens).loss
+        batch = names["padded"](tokens, tokens)
+        self.assertEqual(batch["input_ids"].shape, (4, 16))
+        step = olla.optimize(model, batch, loss_fn=lambda output: output.loss)
+        results = []
+        for noise in (0, 7):
+            model.zero_grad()
+            batch["input_ids"][:, 11:] = noise
+            loss = step(**batch)
+            torch.testing.assert_close(loss, alone.detach())
+            results.append([loss, *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+        alone.backward()
+        for one, other, parameter in zip(results[0][1:], results[1][1:], model.parameters(), strict=True):
+            self.assertTrue(torch.equal(one, other))
+            torch.testing.assert_close(one, parameter.grad)
+        self.assertTrue(torch.equal(results[0][0], results[1][0]))
+
     def test_budgets(self) -> None:
         names, _ = self.follow(ROOT / "docs" / "budgets.md")
         plan, spilling = names["step"].plan, names["spilling"].plan
@@ -111,7 +142,15 @@ class GuidesTest(unittest.TestCase):
         self.assertEqual(olla.schedule(olla.Graph.load("example.json")).order, (0, 1))
 
     def test_every_guide_is_followed(self) -> None:
-        followed = {"README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md"}
+        followed = {
+            "README.md",
+            "training.md",
+            "own_step.md",
+            "trainer.md",
+            "budgets.md",
+            "troubleshooting.md",
+            "graphs.md",
+        }
         self.assertEqual({guide.name for guide in GUIDES}, followed)
 
     def test_links_lead_somewhere(self) -> None:
