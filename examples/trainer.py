@@ -36,6 +36,8 @@ class PlannedTrainer(Trainer):
         def eager_step(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None, parts: int) -> Tensor:
             return super(PlannedTrainer, self).training_step(model, inputs, num_items_in_batch)
 
+        if self.accelerator.scaler is not None:
+            raise olla.CaptureError("fp16=True scales the loss by a number that changes: train with bf16=True")
         model.train()  # after an evaluation: the mode counts that is found when the step is called
         # The Trainer reads the number of parts itself, as a number that becomes part of the plan, so it must be told.
         batch = (dict(self._prepare_inputs(inputs)), num_items_in_batch, self.current_gradient_accumulation_steps)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _RUNS_TO_SETTLE = 8  # more than it takes, whatever happens
 _WARM_UPS = 2
-_MOST_PLANS = 16  # a plan of GPT-2 takes some megabytes of Python objects
+_MOST_PLANS = 16
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,10 @@ class Step:
         CaptureError
             If the arguments have a new signature and the step cannot be captured with them.
         """
-        if not self._running.acquire(blocking=False):
+        if self._running.locked():
             raise ExecutionError("this step is running already: plan one step per thread, or take turns")
-        try:
+        with self._running:  # unlike acquire(), not left locked by a Ctrl-C right after it
             return self._run(args, kwargs)
-        finally:
-            self._running.release()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._closed:

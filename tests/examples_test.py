@@ -86,6 +86,10 @@ class ExamplesTest(unittest.TestCase):
                 self.assertTrue(all(torch.equal(state[key], expected[key]) for key in expected))
                 self.assertEqual(trainer.step._current.replay.counts.missed, 0)
 
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        with self.assertRaisesRegex(olla.CaptureError, "train with bf16=True"):
+            trainer.training_step(trainer.model, {})
+
     def history(self, trainer: transformers.Trainer) -> list[dict[str, float]]:
         """What was logged (losses, norms of gradients, learning rates), without times."""
         timed = ("runtime", "per_second")
