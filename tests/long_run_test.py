@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import gc
@@ -191,6 +192,60 @@ class InterruptionsTest(EagerTestCase):
                 TROUBLE.clear()
             self.assert_same(step(x), expected, "output")
         self.assert_at_planned_addresses(step)
+
+    def test_ctrl_c_at_any_line_of_a_step(self) -> None:
+        model, x = self.model.eval(), torch.randn(8, 16)
+        expected = model(x).detach()
+        step = olla.optimize(model, x)
+        self.addCleanup(step.close)
+        for _ in range(4):
+            step(x)
+        folder, lines = os.path.dirname(olla.__file__), 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal lines
+            # On the way out of the `with` of `Step.__call__`, a tracer is asked where no signal is heard.
+            if not frame.f_code.co_filename.startswith(folder) or frame.f_code.co_name == "__call__":
+                return None
+            lines += event == "line"
+            if event == "line" and lines == last:
+                raise KeyboardInterrupt
+            return trace
+
+        last = 0
+        while last == lines:  # until a step ends before it is interrupted
+            last, lines = last + 1, 0
+            self.addCleanup(sys.settrace, sys.gettrace())
+            with contextlib.suppress(KeyboardInterrupt):
+                sys.settrace(trace)
+                step(x)
+            sys.settrace(None)
+            self.assert_same(step(x), expected, f"output after an interruption at line {last}")
+            self.assert_at_planned_addresses(step)
+        self.assertGreater(last, 20)
+
+    @slow
+    def test_signals_at_any_time(self) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, interrupt))
+        model, x = self.model.eval(), torch.randn(8, 16)
+        expected = model(x).detach()
+        step = olla.optimize(model, x)
+        self.addCleanup(step.close)
+        interrupted_steps = 0
+        for number in range(4000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 400))
+                try:
+                    step(x)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted_steps += 1
+            self.assert_same(step(x), expected, f"output after signal {number}")
+        self.assertGreater(interrupted_steps, 100)
 
     def test_gradients_added_up_before_an_exception_are_still_there(self) -> None:
         eager = copy.deepcopy(self.model)
