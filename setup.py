@@ -30,6 +30,15 @@ setup(
         "draw": DRAW,
         "gurobi": GUROBI,
         "highs": HIGHS,
-        "test": [*BENCH, *DRAW, *HIGHS, *CPSAT, *GUROBI, "hypothesis>=6.100,<7", "networkx>=3.2,<4"],
+        "test": [
+            *BENCH,
+            *DRAW,
+            *HIGHS,
+            *CPSAT,
+            *GUROBI,
+            "accelerate>=1.1,<2",
+            "hypothesis>=6.100,<7",
+            "networkx>=3.2,<4",
+        ],
     },
 )

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _RUNS_TO_SETTLE = 8  # more than it takes, whatever happens
 _WARM_UPS = 2
+_MOST_PLANS = 16
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Step:
     """A planned step: call it where you ran the step before. Made by :func:`olla.optimize`.
 
     One plan for each signature of arguments (shapes, dtypes, structure), model mode and autocast
-    state, made when it first occurs. A step runs in one thread at a time. Its first runs, two or
-    three, find out what its operators allocate; from then on it runs at planned addresses.
+    state, made when it first occurs; the 16 that were used last are kept. A step runs in one thread at a time.
+    The first runs of a plan, two or three, find out what its operators allocate; from then on it runs at planned
+    addresses.
 
     It holds memory between its runs, its arena, until it is closed (:meth:`close`, or ``with step:``)
     or collected, and so does the file that it spills to. Results never lie there: they stay valid, whatever happens
@@ -67,8 +69,7 @@ class Step:
         self._program = program
         self._options = options
         self._closure_of = closure_of  # an optimizer that calls the planned step back, such as LBFGS
-        self._planned: dict[Signature, list[_Planned]] = {}
-        self._latest: _Planned | None = None
+        self._planned: list[_Planned] = []  # the one used last comes last
         self._measurement: Measurement | None = None
         self._arena = Arena(torch.device("cpu"))  # until the device is known
         self._space = SpillSpace(options.spill_dir)
@@ -92,8 +93,7 @@ class Step:
 
     @property
     def _current(self) -> Execution:
-        assert self._latest is not None
-        return self._latest.execution
+        return self._planned[-1].execution
 
     def close(self) -> None:
         """Give the memory of the step back, and the file it spills to. It cannot run again; results stay valid."""
@@ -118,12 +118,10 @@ class Step:
         CaptureError
             If the arguments have a new signature and the step cannot be captured with them.
         """
-        if not self._running.acquire(blocking=False):
+        if self._running.locked():
             raise ExecutionError("this step is running already: plan one step per thread, or take turns")
-        try:
+        with self._running:  # unlike acquire(), not left locked by a Ctrl-C right after it
             return self._run(args, kwargs)
-        finally:
-            self._running.release()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._closed:
@@ -258,25 +256,31 @@ class Step:
         draw(draft.lowered.graph, draft.plan, path, what, seconds=draft.seconds)
 
     def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
-        latest = self._latest
-        signature = Signature.of(self._program, args, kwargs, like=latest.signature if latest else None)
-        if latest and latest.execution.runner.fits_gradients() and signature == latest.signature:
-            return latest.execution
-        known = self._planned.get(signature, ())
-        found = next((planned for planned in known if planned.execution.runner.fits_gradients()), None)
-        if found is None:
-            if self._latest is not None:
-                self._require_same_devices(signature)
-                log.warning("planning again for %s", signature.difference(self._latest.signature))
-            drafted = self._draft(args, kwargs)
-            signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
-            if self._latest is None:
-                self._arena = Arena(self._device(args, kwargs))
-            execution = Execution(self._program, drafted, self._options, self._arena, self._space)
-            found = _Planned(signature, execution)
-            self._planned.setdefault(signature, []).append(found)
-        self._latest = found
-        return found.execution
+        latest = self._planned[-1].signature if self._planned else None
+        signature = Signature.of(self._program, args, kwargs, like=latest)
+        for position in reversed(range(len(self._planned))):
+            planned = self._planned[position]
+            if planned.signature == signature and planned.execution.runner.fits_gradients():
+                self._planned.append(self._planned.pop(position))
+                return planned.execution
+        if latest is not None:
+            self._require_same_devices(signature, latest)
+            log.warning("planning again for %s", signature.difference(latest))
+        drafted = self._draft(args, kwargs)
+        signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
+        if latest is None:
+            self._arena = Arena(self._device(args, kwargs))
+        execution = Execution(self._program, drafted, self._options, self._arena, self._space)
+        self._planned.append(_Planned(signature, execution))
+        if len(self._planned) > _MOST_PLANS:
+            self._forget_oldest()
+        return execution
+
+    def _forget_oldest(self) -> None:
+        log.warning("more than %d plans: the least recently used one is dropped; pad to a few shapes", _MOST_PLANS)
+        del self._planned[0]
+        self._arena.close()  # it may have been the largest: the others reserve what they need when they run
+        self._space.close()
 
     def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draft:
         self._require_spill_dir(args, kwargs)
@@ -286,9 +290,8 @@ class Step:
         if self._options.spill_dir is not None:
             require_spill_dir(self._options.spill_dir, self._device(args, kwargs))
 
-    def _require_same_devices(self, signature: Signature) -> None:
-        assert self._latest is not None
-        moved = signature.moved(self._latest.signature)
+    def _require_same_devices(self, signature: Signature, latest: Signature) -> None:
+        moved = signature.moved(latest)
         if moved is not None:
             position, here, there = moved
             raise ExecutionError(

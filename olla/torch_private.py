@@ -6,8 +6,10 @@ Works with torch 2.11 to 2.14. When a new release moves something, this is the f
 from __future__ import annotations
 
 import logging
+import linecache
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -25,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.graph_module import _loader
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
@@ -43,6 +46,7 @@ __all__ = [
     "fake_mode",
     "fake_tensor",
     "flatten",
+    "forget_source_with",
     "graph_being_traced",
     "has_step_hooks",
     "identity",
@@ -101,7 +105,9 @@ def real_tensors() -> AbstractContextManager[Any]:
 def trace_fake(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
     """Run ``function`` on fake tensors and record every operator call, with shapes in ``meta["val"]``."""
     with _without_logged_errors():
-        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+        module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    forget_source_with(module)
+    return module
 
 
 @contextmanager
@@ -117,6 +123,17 @@ def _without_logged_errors() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(quiet)
+
+
+def forget_source_with(module: fx.GraphModule) -> None:
+    """Drop the source of ``module`` when it is collected: PyTorch would keep it until the process ends."""
+    name = type(module).forward.__code__.co_filename
+    weakref.finalize(module, _forget_source, name).atexit = False
+
+
+def _forget_source(name: str) -> None:
+    _loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
 
 
 def graph_being_traced() -> fx.Graph:

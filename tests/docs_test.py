@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import itertools
 import os
@@ -112,6 +113,36 @@ class GuidesTest(unittest.TestCase):
     def test_own_step(self) -> None:
         names, _ = self.follow(ROOT / "docs" / "own_step.md")
         self.assertEqual((names["loss"].dtype, names["norm"].shape), (torch.float32, ()))
+
+    @unittest.skipUnless(importlib.util.find_spec("accelerate"), "Trainer needs accelerate")
+    def test_trainer(self) -> None:
+        guide = ROOT / "docs" / "trainer.md"
+        names, text = self.follow(guide)
+        self.assertIn("planned addresses", text)
+        planned = re.search(r"^class PlannedTrainer.*?return self.step\(\*batch\)\n", guide.read_text(), re.S | re.M)
+        self.assertIn(planned[0], (ROOT / "examples" / "trainer.py").read_text())
+        self.assert_padding_does_not_count(names)
+
+    def assert_padding_does_not_count(self, names: dict[str, Any]) -> None:
+        model = names["model"].eval()  # without dropout, whose masks are another story for another length
+        tokens = names["tokens"]
+        alone = model(input_ids=tokens, labels=tokens).loss
+        batch = names["padded"](tokens, tokens)
+        self.assertEqual(batch["input_ids"].shape, (4, 16))
+        step = olla.optimize(model, batch, loss_fn=lambda output: output.loss)
+        results = []
+        for noise in (0, 7):
+            model.zero_grad()
+            batch["input_ids"][:, 11:] = noise
+            loss = step(**batch)
+            torch.testing.assert_close(loss, alone.detach())
+            results.append([loss, *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+        alone.backward()
+        for one, other, parameter in zip(results[0][1:], results[1][1:], model.parameters(), strict=True):
+            self.assertTrue(torch.equal(one, other))
+            torch.testing.assert_close(one, parameter.grad)
+        self.assertTrue(torch.equal(results[0][0], results[1][0]))
 
     def test_budgets(self) -> None:
         names, _ = self.follow(ROOT / "docs" / "budgets.md")
@@ -228,7 +259,7 @@ class GuidesTest(unittest.TestCase):
     def test_every_guide_is_followed(self) -> None:
         followed = {
             "README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md", "cuda.md",
-            "solvers.md", "how_it_works.md", "command_line.md",
+            "solvers.md", "how_it_works.md", "command_line.md", "trainer.md",
         }  # fmt: skip
         self.assertEqual({guide.name for guide in GUIDES} - {"reference.md", "results.md"}, followed)
         listed = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text())}

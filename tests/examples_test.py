@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 
 import olla
 
@@ -63,6 +66,38 @@ class ExamplesTest(unittest.TestCase):
         self.assertLessEqual(planned, 0.5 * eager)
         self.assertTrue(names["step"].plan.recomputed)
 
+    def test_lightning_style(self) -> None:
+        self.assert_trains_as_eager("lightning_style", 0.6)
+
+    @unittest.skipUnless(importlib.util.find_spec("accelerate"), "Trainer needs accelerate")
+    def test_trainer(self) -> None:
+        text, names = self.run_example("trainer")
+        self.assertEqual(text.count("resumed, and equal bit for bit: True"), 2)
+        for name, trainer in names["trainers"].items():
+            with self.subTest(name), tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+                torch.manual_seed(0)
+                unmodified = names["make_trainer"](names[name](), folder, transformers.Trainer)
+                unmodified.train()
+                history = self.history(unmodified)
+                self.assertEqual(self.history(trainer), history)
+                self.assertEqual(sum("loss" in entry for entry in history), 20)
+                self.assertEqual(sum("eval_loss" in entry for entry in history), 4)
+                state, expected = trainer.model.state_dict(), unmodified.model.state_dict()
+                self.assertTrue(all(torch.equal(state[key], expected[key]) for key in expected))
+                self.assertEqual(trainer.step._current.replay.counts.missed, 0)
+
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        with self.assertRaisesRegex(olla.CaptureError, "train with bf16=True"):
+            trainer.training_step(trainer.model, {})
+
+    def history(self, trainer: transformers.Trainer) -> list[dict[str, float]]:
+        """What was logged (losses, norms of gradients, learning rates), without times."""
+        timed = ("runtime", "per_second")
+        return [
+            {key: value for key, value in entry.items() if not key.endswith(timed)}
+            for entry in trainer.state.log_history
+        ]
+
     def test_spilling(self) -> None:
         _, names = self.assert_trains_as_eager("spilling", 0.2)
         self.assertGreater(names["measured"].spilled_bytes, 0)
@@ -83,5 +118,7 @@ class ExamplesTest(unittest.TestCase):
         self.assertRegex(text, r"no placement within [\d,]+ bytes: at least [\d,]+ are needed")
 
     def test_every_example_is_tested(self) -> None:
-        tested = {"training", "own_step", "hugging_face", "inference", "placement", "spilling"}
+        tested = {
+            "training", "own_step", "hugging_face", "trainer", "lightning_style", "inference", "placement", "spilling"
+        }  # fmt: skip
         self.assertEqual({path.stem for path in EXAMPLES.glob("*.py")}, tested)

@@ -375,7 +375,7 @@ class ExecutionTest(EagerTestCase):
         expected = [step(x), step(wide)]
         for _ in range(4):
             self.assert_same([step(x), step(wide)], expected, "results")
-        small, large = (planned.execution for known in step._planned.values() for planned in known)
+        small, large = (planned.execution for planned in step._planned)
         self.assertGreater(large.draft.plan.arena_bytes, small.draft.plan.arena_bytes)
         self.assertEqual(large.draft.plan.arena_bytes, step._arena.arena_bytes)
         self.assertEqual((small.replay.counts.missed, large.replay.counts.missed), (0, 0))

@@ -30,9 +30,6 @@ class Signature:
     autocast: tuple[Any, ...]
     watched: tuple[bool, ...]  # which optimizers have hooks
 
-    def __hash__(self) -> int:
-        return hash((self.leaves, self.state, self.modules, self.autocast, self.watched))
-
     def difference(self, other: Signature) -> str:
         """What differs from ``other``, for people."""
         what = {
@@ -103,9 +100,6 @@ class Settings:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Settings) and self._values == other._values)
-
-    def __hash__(self) -> int:
-        return hash(self._values)
 
 
 def _is_plain_tuple(value: Any) -> bool:

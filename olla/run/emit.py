@@ -16,7 +16,7 @@ from olla.capture.updates import UPDATE, Update
 from olla.graph.plan import extra_runs
 from olla.run.random import random_state, replay
 from olla.run.spill import Spiller
-from olla.torch_private import OpOverload
+from olla.torch_private import OpOverload, forget_source_with
 
 __all__ = ["Tell", "Watch", "emit"]
 
@@ -82,7 +82,9 @@ class _Emitter:
         self._copy(output)
         constants = {str(n.target): getattr(module, str(n.target)) for n in self._emitted if n.op == "get_attr"}
         root: dict[str, object] = constants | self._updates | self._hooks
-        return fx.GraphModule(root, self._graph, class_name="PlannedStep")
+        planned = fx.GraphModule(root, self._graph, class_name="PlannedStep")
+        forget_source_with(planned)
+        return planned
 
     def _emit_op(self, position: int, index: int) -> None:
         node = self._lowered.nodes[index]

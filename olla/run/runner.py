@@ -40,7 +40,7 @@ class Runner:
     ) -> Any:
         """Run ``code`` on the leaves of the step's arguments and return the result of the user's function.
 
-        ``session`` is entered around the operators alone.
+        ``session`` is entered around the operators alone. After an exception, gradients that were there are there.
         """
         state = [tensor.detach() for tensor in self._program.state.values()]
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -49,7 +49,12 @@ class Runner:
             parameter.grad = None
         # Nothing here requires a gradient. The mode still matters: some kernels ask for it.
         with torch.set_grad_enabled(not self._program.inference), _without_autocast(), session or nullcontext():
-            outputs = list(code(*state, *gradients, *inputs))
+            try:
+                outputs = list(code(*state, *gradients, *inputs))
+            except BaseException:
+                for parameter, gradient in zip(self._gradients_in, gradients, strict=True):
+                    parameter.grad = gradient
+                raise
         for optimizer in self._to_finish:
             finish_step(optimizer)
         first_gradient = len(outputs) - len(self._gradients_out)
