@@ -29,7 +29,7 @@ from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
 from olla.place.place import ALIGNMENT, Interval, pack, place
 from olla.run.recording import Recording
-from olla.run.spill import SpillDir, measured_bandwidth
+from olla.run.spill import HOST, SpillDir, measured_bandwidth
 from olla.show.progress import stage
 
 __all__ = [
@@ -274,7 +274,7 @@ def _planned(
         "of": digest([graph.digest, None if start is None else [start.order, start.spills]]),
         "reorder": options.reorder,
         "budget_bytes": budget,
-        "spill_dir": None if options.spill_dir is None else os.path.abspath(options.spill_dir),
+        "spill_dir": options.spill_dir if options.spill_dir in (None, HOST) else os.path.abspath(options.spill_dir),
         "solver": options.solver,
     }
 

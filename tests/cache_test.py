@@ -27,6 +27,7 @@ import olla
 from olla import planning
 from olla.cache import Cache, digest
 from olla.errors import CacheError
+from olla.fit.spill import Bandwidth
 from olla.graph.check import verify_placement
 from olla.graph.plan import Placement
 
@@ -107,7 +108,9 @@ class SecondStartTest(CacheTestCase):
         self.assertGreater(again.extra_seconds, 0)
 
     def test_with_spilling(self) -> None:
-        self.check(memory_budget=0.75, spill_dir=self.folder.parent)
+        with mock.patch.object(planning, "measured_bandwidth", return_value=Bandwidth(1e15, 1e15)):
+            again = self.check(memory_budget=BUDGET, spill_dir=self.folder.parent)
+        self.assertTrue(again.spills)
 
     def test_in_another_process(self) -> None:
         plan, results = training(self.folder, memory_budget=BUDGET)
@@ -280,14 +283,27 @@ class BadFilesTest(CacheTestCase):
             with self.subTest(found=found):
                 self.check(self.files[0])
 
-    def test_a_plan_beyond_the_budget(self) -> None:
-        self.plan(memory_budget=2**30)
-        with mock.patch.object(planning, "_budget", return_value=1):
-            graph, budget = diamond(), planning.Options(memory_budget=1, cache=Cache(self.folder))
-            before = set(self.folder.iterdir())
-            plan = olla.Plan.of(graph, planning.program_order(graph))
-            planning._planned(graph, [1.0] * 6, budget, "order", lambda: plan)
-        self.assertEqual(set(self.folder.iterdir()), before)  # it is not kept
+    def test_a_plan_beyond_the_budget_is_not_used(self) -> None:
+        budget = self.good.persistent_bytes + self.good.peak_bytes
+        planned = self.plan(memory_budget=budget)
+        (path, *_) = [
+            path
+            for path in set(self.folder.iterdir()) - set(self.files)
+            if json.loads(path.read_text())["key"]["what"] == "order"
+        ]
+        larger = self.plan(reorder=False)
+        self.assertGreater(larger.peak_bytes, planned.peak_bytes)
+        self.edit(path, order=larger.order, peak_bytes=larger.peak_bytes)
+        with searches() as called, self.assertLogs("olla", "WARNING") as logs:
+            self.assertEqual(self.plan(memory_budget=budget).order, planned.order)
+        self.assertIn("schedule", called)
+        self.assertIn(str(path), logs.output[0])
+
+    def test_a_plan_beyond_the_budget_is_not_kept(self) -> None:
+        graph, options = diamond(), planning.Options(memory_budget=1, cache=Cache(self.folder))
+        plan = olla.Plan.of(graph, planning.program_order(graph))
+        self.assertEqual(planning._planned(graph, [1.0] * 6, options, "order", lambda: plan), plan)
+        self.assertEqual(sorted(self.folder.iterdir()), self.files)
 
 
 class PlacementTest(CacheTestCase):
