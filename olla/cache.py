@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,8 +53,10 @@ class Cache:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
         except (OSError, RuntimeError, ValueError) as error:
-            what = f"cache_dir is {os.fspath(cache_dir)!r}, where no plans can be kept"
-            raise CacheError(f"{what}: {error}; name a directory that you can write to") from error
+            raise CacheError(
+                f"cache_dir is {os.fspath(cache_dir)!r}, where no plans can be kept: {error}; "
+                "name a directory that you can write to"
+            ) from error
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """The file for a key."""
@@ -67,8 +70,9 @@ class Cache:
         """
         path = self.path(key)
         try:
-            if path.stat().st_size > _LARGEST:
-                raise CacheError(f"it is larger than {_LARGEST:,} bytes")
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+                raise CacheError(f"it is no ordinary file, or larger than {_LARGEST:,} bytes")
             entry = _entry(path.read_bytes(), key)
             limit = entry["time_limit"]
             if limit is not None and not limit >= time_limit:

@@ -254,6 +254,11 @@ class BadFilesTest(CacheTestCase):
             file.truncate(2**26 + 1)
         self.check(self.files[0])
 
+    def test_what_is_no_file(self) -> None:
+        self.files[0].unlink()
+        os.mkfifo(self.files[0])  # to read it would wait for ever
+        self.check(self.files[0])
+
     def test_plans_that_are_not_true(self) -> None:
         for path in self.files:
             plan = json.loads(path.read_text())["found"]["plan"]
