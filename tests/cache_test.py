@@ -204,10 +204,20 @@ class TimesTest(CacheTestCase):
 class BadFilesTest(CacheTestCase):
     """Whatever is in the folder: a warning that names the file, the same plan, and a good file in the end."""
 
-    def plan(self, **options: Any) -> olla.Plan:
-        torch.manual_seed(0)
+    @classmethod
+    def setUpClass(cls) -> None:
         model, x = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)).train(), torch.randn(4, 8)
-        return olla.plan(model, x, cache_dir=self.folder, **options)
+        cls.graph = olla.to_graph(model, x)
+
+    def plan(self, **wanted: Any) -> olla.Plan:
+        graph, options = self.graph, planning.Options(cache=Cache(self.folder), **wanted)
+        seconds = [1.0] * len(graph.ops)
+        plan = planning._planned(
+            graph, seconds, options, "order", lambda: olla.Plan.of(graph, planning._ordered(graph, seconds, options))
+        )
+        return planning._planned(
+            graph, seconds, options, "addresses", lambda: planning._placed(graph, plan, options), plan
+        )
 
     def check(self, path: Path) -> None:
         with searches() as called, self.assertLogs("olla", "WARNING") as logs:
