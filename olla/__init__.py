@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from olla.errors import (
+    CacheError,
     CaptureError,
     ExecutionError,
     InfeasibleError,
@@ -27,6 +28,7 @@ from olla.errors import (
 )
 from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Placement, Plan, Schedule
+from olla.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from olla.api import frontier, optimize, optimize_step, plan, to_graph
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Buffer",
+    "CacheError",
     "CaptureError",
     "ExecutionError",
     "Graph",
@@ -66,7 +69,6 @@ __all__ = [
     "schedule",
     "to_graph",
 ]
-__version__ = "0.1.0"
 
 _LOADED_WHEN_USED = {
     "Buffer": "olla.place.buffers",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from olla.cache import Cache, CacheDir
 from olla.capture.program import Program
 from olla.capture.updates import needs_closure
 from olla.errors import CaptureError
@@ -39,6 +40,7 @@ def optimize(
     spill_dir: SpillDir | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
+    cache_dir: CacheDir | None = None,
     progress: bool | None = None,
 ) -> Step:
     """Plan one step of ``model`` that needs less memory and computes the same numbers.
@@ -83,6 +85,13 @@ def optimize(
         They leave little, so None is fine.
     time_limit
         Seconds for planning, and for each program that a solver is given; the best plan so far is used.
+    cache_dir
+        A directory in which plans are kept, as JSON, and found again when the same is planned the next time; it is
+        made if it is not there. The same are: the graph (ops, sizes and workspaces, not names and values), the order
+        that was recorded, ``reorder``, the budget in bytes, ``spill_dir``, ``solver``, and the versions of OLLA and of
+        its files. With a longer ``time_limit`` it is planned again, unless the plan is known to be the best. How long
+        operators take is not compared: on another machine, name another directory. Every plan is checked before it is
+        used; a file that is damaged, or is of no use, is replaced, with a warning. None: nothing is kept.
     progress
         Show a progress line; by default on a terminal only.
 
@@ -95,6 +104,8 @@ def optimize(
 
     Raises
     ------
+    CacheError
+        If ``cache_dir`` cannot be made, or not be written; nothing was changed.
     CaptureError
         If the step cannot be captured; nothing was changed.
     InfeasibleError
@@ -106,7 +117,7 @@ def optimize(
     SpillError
         If ``spill_dir`` is not a directory, not writable, or has no room for what is spilled; nothing was changed.
     """
-    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
     program = _program(model, loss_fn, targets, optimizer)
     args, kwargs = _arguments(inputs, targets)
     step = Step(
@@ -130,6 +141,7 @@ def optimize_step(
     spill_dir: SpillDir | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
+    cache_dir: CacheDir | None = None,
     progress: bool | None = None,
 ) -> Step:
     """Plan a step function of your own: autocast, clipping, accumulation, several losses.
@@ -143,7 +155,7 @@ def optimize_step(
         An example of its arguments: a tuple or list, or a dict of keyword arguments.
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
-    reorder, place, memory_budget, spill_dir, solver, time_limit, progress
+    reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress
         As for :func:`optimize`.
 
     Returns
@@ -161,7 +173,7 @@ def optimize_step(
     """
     if isinstance(example_args, Tensor):
         raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
-    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
@@ -184,6 +196,7 @@ def plan(
     spill_dir: SpillDir | None = None,
     solver: str | None = None,
     time_limit: float = 60.0,
+    cache_dir: CacheDir | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Plan as :func:`optimize` does, and only plan: nothing is allocated and nothing will run.
@@ -200,7 +213,7 @@ def plan(
     InfeasibleError, InvalidBudgetError, SolverUnavailableError, SpillError
         As from :func:`optimize`.
     """
-    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
     return draft(model, inputs, loss_fn=loss_fn, targets=targets, optimizer=optimizer, options=options).plan
 
 
@@ -282,13 +295,15 @@ def _options(
     spill_dir: SpillDir | None,
     solver: str | None,
     time_limit: float,
+    cache_dir: CacheDir | None,
     progress: bool | None,
 ) -> Options:
     if memory_budget is not None:
         bytes_of(memory_budget, 1)  # so that it is known to be one before anything is captured
     if solver is not None:
         require(solver)
-    return Options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress)
+    cache = None if cache_dir is None else Cache(cache_dir)
+    return Options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress, cache)
 
 
 def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

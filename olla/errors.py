@@ -3,6 +3,7 @@
 ::
 
     OllaError
+    ├── CacheError             there is no place to keep plans in
     ├── CaptureError           the model, its inputs or its optimizer cannot be captured
     ├── InvalidGraphError      a dataflow graph contradicts itself
     ├── InvalidBuffersError    buffers to place contradict themselves
@@ -17,6 +18,7 @@
 """
 
 __all__ = [
+    "CacheError",
     "CaptureError",
     "ExecutionError",
     "InfeasibleError",
@@ -34,6 +36,10 @@ __all__ = [
 
 class OllaError(Exception):
     """Base of every error that OLLA raises on purpose."""
+
+
+class CacheError(OllaError):
+    """Plans cannot be kept in a directory, or what is kept there is not used; the message says why."""
 
 
 class CaptureError(OllaError):

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from olla.cache import Cache, digest
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
 from olla.capture.reuse import reuse
 from olla.capture.rewrite.weight_gradient import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
-from olla.errors import InfeasibleError
+from olla.errors import InfeasibleError, InvalidPlanError
 from olla.fit.budget import Budget, bytes_of
 from olla.fit.fitting import fitted
 from olla.fit.frontier import Frontier, frontier
 from olla.fit.spill import Bandwidth, spill_seconds
-from olla.graph.check import verify
+from olla.graph.check import verify, verify_placement
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import eager_peak_bytes, live_intervals, memory_profile, peak_bytes
-from olla.graph.plan import Addresses, Plan, Schedule, Workspace
+from olla.graph.plan import Addresses, Placement, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
-from olla.place.place import ALIGNMENT, pack, place
+from olla.place.place import ALIGNMENT, Interval, pack, place
 from olla.run.recording import Recording
-from olla.run.spill import SpillDir, measured_bandwidth
+from olla.run.spill import HOST, SpillDir, measured_bandwidth
 from olla.show.progress import stage
 
 __all__ = [
@@ -60,6 +62,7 @@ class Options:
     solver: str | None = None
     time_limit: float = 60.0
     progress: bool | None = None
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +90,15 @@ def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], optio
     traced, lowered = capture(program, args, kwargs, options)
     capture_seconds = time.perf_counter() - started
     seconds = estimated_seconds(lowered)
-    found = _ordered(lowered.graph, seconds, options)
+    graph = lowered.graph
+    found = _planned(graph, seconds, options, "order", lambda: Plan.of(graph, _ordered(graph, seconds, options)))
     lowered = _with_whole_gradients(lowered, found)
-    plan = Plan.of(lowered.graph, found)
+    plan = Plan.of(lowered.graph, found.schedule)
     verify(lowered.graph, plan)
     return Draft(traced, lowered, plan, seconds, capture_seconds)
 
 
-def _with_whole_gradients(lowered: Lowered, found: Schedule) -> Lowered:
+def _with_whole_gradients(lowered: Lowered, found: Plan) -> Lowered:
     """Gradients of weights are computed in slices, which takes time, only where the peak would be."""
     graph = lowered.graph
     memory, ops = memory_profile(graph, found.order, found.spills), list(graph.ops)
@@ -112,19 +116,25 @@ def _with_whole_gradients(lowered: Lowered, found: Schedule) -> Lowered:
 def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
     """The draft placed before it has ever run, with the workspaces that are expected."""
     graph, plan = drafted.lowered.graph, drafted.plan
-    plan = _placed(graph, plan, options)
-    verify(graph, plan)
+    plan = _planned(graph, drafted.seconds, options, "addresses", lambda: _placed(graph, plan, options), plan)
     return replace(drafted, plan=plan)
 
 
 def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
     """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
-    plan = drafted.plan
+    plan, seconds = drafted.plan, drafted.seconds
     graph = _measured(drafted.lowered.graph, plan, recording)
-    found = _closest(graph, drafted.seconds, options)
-    if not reorder or not _is_better(graph, found, plan, drafted.seconds, options):
+    what = "order after recording" if reorder else "bound after recording"
+    plan = _planned(graph, seconds, options, what, lambda: _again(graph, plan, seconds, options, reorder), plan)
+    return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
+
+
+def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options, reorder: bool) -> Plan:
+    """The plan of a step that was recorded, for what its graph has turned out to be, or a better one."""
+    found = _closest(graph, seconds, options)
+    if not reorder or not _is_better(graph, found, plan, seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
-        extra = _extra_seconds(graph, plan, drafted.seconds, options)
+        extra = _extra_seconds(graph, plan, seconds, options)
         if options.memory_budget is not None and graph.persistent_bytes + peak > _budget(graph, options):
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
         found = replace(
@@ -140,8 +150,7 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
     plan = Plan.of(graph, replace(found, seconds=found.seconds + plan.seconds))
     if options.solver and options.place and reorder:
         plan = _placed(graph, plan, options).at(None)  # perhaps another order has a smaller arena
-    verify(graph, plan)
-    return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
+    return plan
 
 
 def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[float], options: Options) -> bool:
@@ -177,13 +186,7 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     """The draft with an address for everything that was recorded, and the offset of each recorded allocation."""
     inside = [allocation for allocation in recording.allocations if allocation.end is not None]
     intervals = [(a.start, a.end, a.size) for a in inside if a.end is not None]
-    with stage(f"placing {len(inside):,} allocations", options.progress):
-        found = pack(intervals, alignment=alignment, time_limit=options.time_limit * _PLACING)
-    if options.solver:
-        with stage(f"placing with {options.solver}", options.progress):
-            found = improved_placement(
-                intervals, found, alignment=alignment, solver=options.solver, time_limit=options.time_limit
-            )
+    found = _packed(intervals, alignment, options)
     placed = iter(found.offsets)
     offsets = [OUTSIDE if a.end is None else next(placed) for a in recording.allocations]
     graph, plan = drafted.lowered.graph, drafted.plan
@@ -208,6 +211,30 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     return replace(drafted, plan=plan), offsets
 
 
+def _packed(intervals: Sequence[Interval], alignment: int, options: Options) -> Placement:
+    """A placement of (start, end, bytes): one that is kept, or what the planners find."""
+    key = {"what": "placement", "of": digest([intervals, alignment]), "solver": options.solver}
+
+    def read(data: dict[str, Any]) -> Placement:
+        found = Placement.from_dict(data)
+        verify_placement(intervals, found, alignment=alignment)
+        return found
+
+    kept = options.cache.find(key, options.time_limit, read) if options.cache else None
+    if kept is not None:
+        return kept
+    with stage(f"placing {len(intervals):,} allocations", options.progress):
+        found = pack(intervals, alignment=alignment, time_limit=options.time_limit * _PLACING)
+    if options.solver:
+        with stage(f"placing with {options.solver}", options.progress):
+            found = improved_placement(
+                intervals, found, alignment=alignment, solver=options.solver, time_limit=options.time_limit
+            )
+    if options.cache:
+        options.cache.keep(key, None if found.status == "optimal" else options.time_limit, found.to_dict())
+    return found
+
+
 def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
     """What smaller and smaller budgets cost, with times that are estimated."""
     seconds = estimated_seconds(lowered)
@@ -221,6 +248,65 @@ def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
             points=points,
             time_limit=options.time_limit,
         )
+
+
+def _planned(
+    graph: Graph,
+    seconds: Sequence[float],
+    options: Options,
+    what: str,
+    search: Callable[[], Plan],
+    start: Plan | None = None,
+) -> Plan:
+    """The plan that is kept for ``graph``, the options and the order it starts from, or what ``search`` finds; checked.
+
+    Seconds of ops differ from run to run, so they are not in the key: what was found for others keeps to its budget,
+    too, and what its repeats and spills take is computed anew. The bound of that holds for the same seconds only.
+    """
+    if options.cache is None:
+        plan = search()
+        verify(graph, plan)
+        return plan
+    budget = None if options.memory_budget is None else _budget(graph, options)
+    times = None if budget is None else digest([seconds, _bandwidth(options)])
+    key = {
+        "what": what,
+        "of": digest([graph.digest, None if start is None else [start.order, start.spills]]),
+        "reorder": options.reorder,
+        "budget_bytes": budget,
+        "spill_dir": options.spill_dir if options.spill_dir in (None, HOST) else os.path.abspath(options.spill_dir),
+        "solver": options.solver,
+    }
+
+    def is_within(plan: Plan) -> bool:
+        return budget is None or plan.persistent_bytes + plan.peak_bytes <= budget
+
+    def read(data: dict[str, Any]) -> Plan:
+        plan = Plan.from_dict(data.get("plan", {}))
+        verify(graph, plan)
+        if not is_within(plan):
+            raise InvalidPlanError("the plan exceeds its budget")
+        if data.get("times") == times:
+            return plan
+        extra = _extra_seconds(graph, plan, seconds, options)
+        return replace(plan, extra_seconds=extra, extra_seconds_lower_bound=0.0)
+
+    kept = options.cache.find(key, options.time_limit, read)
+    if kept is not None:
+        return kept
+    plan = search()
+    verify(graph, plan)
+    if is_within(plan):  # else a search with more time, or in another order, may find one that is
+        limit = None if _is_best(plan, options) else options.time_limit
+        options.cache.keep(key, limit, {"times": times, "plan": plan.to_dict()})
+    return plan
+
+
+def _is_best(plan: Plan, options: Options) -> bool:
+    """Whether no search can find a better plan, however long it takes."""
+    is_dense = plan.arena_bytes == plan.arena_lower_bound_bytes
+    is_free = not plan.recomputed and not plan.spills
+    return options.solver is None and plan.status == "optimal" and is_dense and is_free
 
 
 def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:

@@ -5,8 +5,8 @@ Works with torch 2.11 to 2.14. When a new release moves something, this is the f
 
 from __future__ import annotations
 
-import logging
 import linecache
+import logging
 import os
 import sys
 import weakref

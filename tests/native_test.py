@@ -105,6 +105,34 @@ class CompilationTest(unittest.TestCase):
         self.addCleanup(native._folder_of_this_process.cache_clear)
         self.assertNotIn(self.folder, path.parents)
 
+    def test_only_this_user_can_write_to_the_cache(self) -> None:
+        path = native._compiled("cpu")
+        self.assertEqual([stat.S_IMODE(at.stat().st_mode) for at in (path.parent, path)], [0o700, 0o700])
+
+    def test_a_library_in_a_directory_that_others_can_write_to_is_not_loaded(self) -> None:
+        kept = native._compiled("cpu")
+        mine = kept.stat().st_uid
+        for mode, user in ((0o770, mine), (0o707, mine), (0o1777, mine), (0o700, mine + 1)):
+            kept.parent.chmod(mode)
+            with (
+                self.subTest(mode=oct(mode), user=user - mine),
+                mock.patch("os.geteuid", return_value=user),
+                self.assertLogs("olla", "WARNING") as logs,
+            ):
+                path = native._compiled("cpu")
+                self.addCleanup(shutil.rmtree, path.parent, ignore_errors=True)
+                self.addCleanup(native._folder_of_this_process.cache_clear)
+                self.assertNotIn(self.folder, path.parents)
+                self.assertIn(str(kept.parent), logs.output[0])
+
+    def test_a_library_that_others_can_write_to_is_compiled_anew(self) -> None:
+        kept = native._compiled("cpu")
+        good = kept.read_bytes()
+        kept.write_bytes(b"not a library")
+        kept.chmod(0o770)
+        self.assertEqual(native._compiled("cpu").read_bytes(), good)
+        self.assertEqual(stat.S_IMODE(kept.stat().st_mode), 0o700)
+
     def test_no_compiler(self) -> None:
         with (
             mock.patch.dict(os.environ, {"PATH": str(self.folder)}),

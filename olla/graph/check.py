@@ -6,15 +6,16 @@ step at a time, keeping track of which storages exist and what they contain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect, bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from olla.errors import InvalidPlanError
 from olla.graph.graph import Graph
-from olla.graph.plan import Plan, Spill
+from olla.graph.plan import Placement, Plan, Spill
 
-__all__ = ["Violation", "ViolationKind", "check", "verify"]
+__all__ = ["Violation", "ViolationKind", "check", "verify", "verify_placement"]
 
 
 class ViolationKind(Enum):
@@ -82,6 +83,46 @@ def verify(graph: Graph, plan: Plan) -> None:
     if violations:
         shown = "; ".join(str(violation) for violation in violations[:3])
         raise InvalidPlanError(f"{len(violations)} violation(s): {shown}")
+
+
+def verify_placement(intervals: Sequence[tuple[int, int, int]], placement: Placement, *, alignment: int = 1) -> None:
+    """Raise unless ``placement`` is one of the (start, end, bytes), half-open, and as large as it says.
+
+    Raises
+    ------
+    InvalidPlanError
+        With what is wrong first.
+    """
+    if len(placement.offsets) != len(intervals):
+        raise InvalidPlanError(f"{len(placement.offsets)} offsets for {len(intervals)} buffers")
+    for index, offset in enumerate(placement.offsets):
+        if offset < 0 or offset % alignment:
+            raise InvalidPlanError(
+                f"buffer {index} is at {offset:,}, which is not a multiple of {alignment} in the arena"
+            )
+    # In order of time, what ends before what begins; who is there, in order of addresses.
+    changes = [(end, False, index) for index, (_, end, _) in enumerate(intervals)]
+    changes += [(start, True, index) for index, (start, _, _) in enumerate(intervals)]
+    there: list[tuple[int, int, int]] = []  # low, high, buffer
+    live = most = top = 0
+    for _, begins, index in sorted(changes):
+        size, low = intervals[index][2], placement.offsets[index]
+        block = low, low + size, index
+        if not size:
+            continue
+        live += size if begins else -size
+        most, top = max(most, live), max(top, low + size)
+        if not begins:
+            del there[bisect_left(there, block)]
+            continue
+        place = bisect(there, block)
+        for other in there[max(0, place - 1) : place + 1]:
+            if other[0] < block[1] and low < other[1]:
+                raise InvalidPlanError(f"buffers {other[2]} and {index} are there together and share bytes")
+        there.insert(place, block)
+    if (placement.arena_bytes, placement.lower_bound_bytes) != (top, most):
+        claimed = f"{placement.arena_bytes:,} bytes, and at least {placement.lower_bound_bytes:,}, claimed"
+        raise InvalidPlanError(f"{claimed}, but {top:,} and {most:,} needed")
 
 
 def _spills(graph: Graph, plan: Plan) -> Iterator[Violation]:

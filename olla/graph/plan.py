@@ -53,6 +53,28 @@ class Placement:
         """``"optimal"`` if the arena meets its lower bound, else ``"feasible"``."""
         return "optimal" if self.arena_bytes == self.lower_bound_bytes else "feasible"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The placement as JSON-ready data; :meth:`from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Placement:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises
+        ------
+        InvalidPlanError
+            If ``data`` is not of that form.
+        """
+        try:
+            found = cls(**{**data, "offsets": _integers("offsets", data["offsets"])})
+        except (KeyError, TypeError) as error:
+            raise InvalidPlanError(f"not a placement: {error!r}") from error
+        _integers("arena_bytes", (found.arena_bytes, found.lower_bound_bytes))
+        if not isinstance(found.method, str) or not isinstance(found.seconds, (int, float)):
+            raise InvalidPlanError(f"not a placement: {found.method!r} in {found.seconds!r} s")
+        return found
+
 
 class Workspace(NamedTuple):
     """Bytes of the arena that the op at ``step`` of the order holds while it runs, or for a part of that time."""

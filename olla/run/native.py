@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,8 @@ _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 _FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 _SECONDS = 300  # a compiler that takes longer hangs
+
+log = logging.getLogger(__name__)
 
 _integers = ctypes.POINTER(ctypes.c_int64)
 
@@ -95,10 +99,19 @@ def _compiled(device: str) -> Path:
     sources = [(_HERE / name).read_bytes() for name in ("arena.h", f"arena_{device}.cpp")]
     key = hashlib.sha256(b"\0".join([*sources, torch.__version__.encode(), compiler.encode(), *_encoded_flags()]))
     name = f"arena_{device}-{key.hexdigest()[:16]}.so"
+    folder = _cache_folder()
     try:
-        return _compiled_in(_cache_folder(), device, compiler, name)
-    except OSError:  # not writable: for this process alone
-        return _compiled_in(_folder_of_this_process(), device, compiler, name)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_private(folder):
+            return _compiled_in(folder, device, compiler, name)
+        log.warning(
+            "%s is not used, because others than you can write there: the arena is compiled for this process alone; "
+            "remove that directory, or name another one in the variable XDG_CACHE_HOME",
+            folder,
+        )
+    except OSError:
+        pass  # not writable
+    return _compiled_in(_folder_of_this_process(), device, compiler, name)
 
 
 def cuda_headers() -> list[Path]:
@@ -115,9 +128,8 @@ def _encoded_flags() -> list[bytes]:
 def _compiled_in(folder: Path, device: str, compiler: str, name: str) -> Path:
     """Several processes may do this at once: each writes a file of its own and moves it into place."""
     target = folder / name
-    if target.exists():
+    if target.exists() and _is_private(target):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / name
         try:
@@ -128,8 +140,15 @@ def _compiled_in(folder: Path, device: str, compiler: str, name: str) -> Path:
             raise NativeUnavailableError(f"the compiler {compiler} cannot be run: {error}") from error
         if done.returncode:
             raise NativeUnavailableError(f"{compiler} cannot compile the arena: {done.stderr.strip()[:500]}")
+        output.chmod(0o700)
         os.replace(output, target)
     return target
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user can write to it: what others write there would be run as this user."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _cache_folder() -> Path:
