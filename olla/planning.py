@@ -34,6 +34,7 @@ __all__ = [
     "Draft",
     "Options",
     "capture",
+    "closest",
     "draft",
     "trade",
     "with_addresses",
@@ -121,7 +122,7 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
     """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
     plan = drafted.plan
     graph = _measured(drafted.lowered.graph, plan, recording)
-    found = _closest(graph, drafted.seconds, options)
+    found = closest(graph, drafted.seconds, options)
     if not reorder or not _is_better(graph, found, plan, drafted.seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, drafted.seconds, options)
@@ -258,7 +259,7 @@ def _budget(graph: Graph, options: Options) -> int:
     return bytes_of(options.memory_budget, graph.persistent_bytes + eager_peak_bytes(graph))
 
 
-def _closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
+def closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
     """What keeps to the budget, if there is one, or comes closest to it: training that has begun goes on."""
     try:
         return _ordered(graph, seconds, options)
