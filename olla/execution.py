@@ -197,9 +197,7 @@ class Execution:
 
     def _emit(self, tell: Tell | None, watch: Watch | None = None) -> fx.GraphModule:
         traced, lowered, order = self.draft.traced, self.draft.lowered, self.draft.plan.order
-        return emit(
-            traced.module, lowered, order, updates=traced.updates, spiller=self.spiller, tell=tell, watch=watch
-        )
+        return emit(traced.module, lowered, order, updates=traced.updates, spiller=self.spiller, tell=tell, watch=watch)
 
 
 def _state_of(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:
