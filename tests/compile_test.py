@@ -39,7 +39,7 @@ class CompiledTestCase(EagerTestCase):
     def step_of(
         self, model: nn.Module, call: Callable[[nn.Module], Tensor], **compiling: Any
     ) -> tuple[nn.Module, Step]:
-        """A copy of the model, and its training step: compiled, or not, and followed by nothing that keeps gradients."""
+        """A copy of the model and its training step, compiled or not; it leaves no gradients."""
         model = copy.deepcopy(model).train()
         optimizer = sgd(model.parameters())
         run = torch.compile(model, dynamic=False, **compiling) if compiling else model

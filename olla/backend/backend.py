@@ -52,7 +52,8 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
         If sizes are symbolic.
     """
     planner = _Planner(_options(options or {}))
-    return aot_backend(planner.partition, planner.infer)(module, inputs)
+    compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
+    return compiled
 
 
 def _options(options: dict[str, Any]) -> Options:

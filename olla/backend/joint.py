@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import SymInt, Tensor, fx
 
@@ -82,22 +83,23 @@ def _require_fixed_sizes(module: fx.GraphModule) -> None:
         sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
         if any(isinstance(size, SymInt) for size in sizes):
             raise CaptureError(
-                f"input {node.name!r} has a size that is not fixed, and a plan is for fixed sizes: pass dynamic=False to "
-                "torch.compile, which then compiles once for each"
+                f"input {node.name!r} has a size that is not fixed, and a plan is for fixed sizes: pass dynamic=False "
+                "to torch.compile, which then compiles once for each"
             )
 
 
 def _with_boundary(module: fx.GraphModule, forward_outputs: int) -> fx.Node:
     """Put the boundary after all that forward must do, and in place of the tangents."""
     graph, output = module.graph, module.graph.output_node()
+    outputs = cast("Sequence[Any]", output.args[0])[:forward_outputs]
     tangents = [node for node in graph.find_nodes(op="placeholder") if is_tangent(node)]
-    forward = _forward_of(graph, output.args[0][:forward_outputs], tangents)
+    forward = _forward_of(graph, outputs, tangents)
     after = next((node for node in graph.nodes if node.op == "call_function" and node not in forward), output)
     for node in list(graph.nodes):
         if node in forward and after is not output:
             after.prepend(node)
     with graph.inserting_before(after):
-        found = graph.call_function(boundary, tuple(output.args[0][:forward_outputs]))
+        found = graph.call_function(boundary, tuple(outputs))
         found.meta["val"] = tuple(tangent.meta["val"] for tangent in tangents)
         for position, tangent in enumerate(tangents):
             part = graph.call_function(operator.getitem, (found, position))

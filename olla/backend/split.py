@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import fx
 
@@ -19,8 +20,7 @@ def split(module: fx.GraphModule, forward_outputs: int) -> tuple[fx.GraphModule,
     """
     calls = list(module.graph.nodes)
     at = next(index for index, node in enumerate(calls) if node.target is boundary)
-    output = module.graph.output_node()
-    outputs, gradients = calls[at].args, output.args[0][forward_outputs:]
+    outputs, gradients = calls[at].args, cast("Sequence[Any]", calls[-1].args[0])[forward_outputs:]
     before, after = calls[:at], calls[at + 1 : -1]
     tangents = [node for node in after if calls[at] in node.all_input_nodes]
     after = [node for node in after if node not in tangents]
@@ -32,7 +32,7 @@ def split(module: fx.GraphModule, forward_outputs: int) -> tuple[fx.GraphModule,
 
 
 def _module(
-    root: fx.GraphModule, inputs: Sequence[fx.Node], calls: Iterable[fx.Node], outputs: Sequence[object]
+    root: fx.GraphModule, inputs: Sequence[fx.Node], calls: Iterable[fx.Node], outputs: Sequence[Any]
 ) -> fx.GraphModule:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:

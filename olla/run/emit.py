@@ -39,7 +39,8 @@ def emit(
     An op that stands in ``order`` again runs again: readers take the latest result, running statistics are left
     alone, and the same random numbers are drawn.
     Views are taken right before they are needed. The parts of a result are taken right after the
-    call, so that the tuple does not keep them all alive. ``updates`` are what the slots of update ops stand for. ``spiller`` is told when storages leave and come back.
+    call, so that the tuple does not keep them all alive. ``updates`` are what the slots of update ops stand for.
+    ``spiller`` is told when storages leave and come back.
     ``tell`` is called with the position in the order before each op, and once more if storages have moved there
     in between; ``watch`` after it, with the position and what the op returned.
     """
