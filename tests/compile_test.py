@@ -42,7 +42,7 @@ class CompiledTestCase(EagerTestCase):
         """A copy of the model and its training step, compiled or not; it leaves no gradients."""
         model = copy.deepcopy(model).train()
         optimizer = sgd(model.parameters())
-        run = torch.compile(model, dynamic=False, **compiling) if compiling else model
+        run = torch.compile(model, **compiling) if compiling else model
 
         def step() -> Any:
             loss = call(run)
@@ -77,7 +77,7 @@ class CompiledTestCase(EagerTestCase):
 
     def assert_inference_same(self, model: nn.Module, call: Callable[[nn.Module], Any]) -> None:
         model = model.eval()
-        compiled = torch.compile(model, backend=olla, dynamic=False)
+        compiled = torch.compile(model, backend=olla)
         with torch.no_grad():
             expected = call(model)
             for _ in range(2):
@@ -180,7 +180,7 @@ class Small(CompiledTestCase):
     def check(self, forward: Callable[..., Any], *inputs: Tensor, **compiling: Any) -> None:
         """Outputs, gradients of inputs, and the inputs themselves, after forward and backward."""
         seen = []
-        for run in (forward, torch.compile(forward, **{"backend": olla, "dynamic": False, **compiling})):
+        for run in (forward, torch.compile(forward, **{"backend": olla, **compiling})):
             given = [x.clone().detach().requires_grad_(x.requires_grad) for x in inputs]
             torch.manual_seed(0)
             outputs = run(*given)
@@ -288,7 +288,7 @@ class Small(CompiledTestCase):
     def test_train_eval_and_no_grad_in_turn(self) -> None:
         model = small_network()
         twin = copy.deepcopy(model)
-        compiled, images = torch.compile(model, backend=olla, dynamic=False), torch.randn(4, 3, 16, 16)
+        compiled, images = torch.compile(model, backend=olla), torch.randn(4, 3, 16, 16)
         for training, gradients in ((True, True), (False, False), (True, False), (False, True), (True, True)):
             outputs = []
             for net in (twin, compiled):
@@ -300,14 +300,33 @@ class Small(CompiledTestCase):
             self.assert_same(model.state_dict(), twin.state_dict(), f"{training=}, {gradients=}")
 
     def test_each_shape_is_compiled(self) -> None:
-        model = nn.Linear(8, 8)
-        compiled = torch.compile(model, backend=olla, dynamic=False)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Flatten(0), nn.GELU())
+        compiled = torch.compile(model, backend=olla)
         for rows in (2, 3, 5):
-            x = torch.randn(rows, 8)
-            self.assert_same(compiled(x), model(x), f"{rows} rows")
+            outputs = []
+            for net in (model, compiled):
+                x = torch.arange(8.0 * rows).view(rows, 8).requires_grad_()
+                y = net(x)
+                y.sum().backward()
+                outputs.append((y, x.grad))
+            self.assert_same(outputs[1], outputs[0], f"{rows} rows")
 
-    def test_sizes_that_are_not_fixed_are_declined(self) -> None:
-        self.assert_declined(CaptureError, "dynamic=False", dynamic=True)
+    def test_sizes_that_depend_on_values_are_declined(self) -> None:
+        forward = torch.compile(lambda x: x.nonzero() * 2, backend=olla)
+        captured = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+        with captured, self.assertRaises(BackendCompilerFailed) as raised:
+            forward(torch.ones(3))
+        self.assertIsInstance(raised.exception.inner_exception, CaptureError)
+        self.assertIn("the size of 'nonzero' depends on values", str(raised.exception))
+
+    def test_a_part_that_is_frozen(self) -> None:
+        model, images = small_network(), torch.randn(4, 3, 16, 16)
+        model[0].requires_grad_(False)
+        self.assert_training_same(model, lambda net: net(images).square().mean())
+
+    def test_the_backend_has_a_name(self) -> None:
+        model, x = nn.Linear(8, 8), torch.randn(3, 8)
+        self.assert_same(torch.compile(model, backend="olla")(x), model(x), "output")
 
     def test_an_unknown_option_is_declined(self) -> None:
         message = "no option 'budget': it knows memory_budget, time_limit"

@@ -87,8 +87,7 @@ class GuidesTest(unittest.TestCase):
     def test_compile(self) -> None:
         self.addCleanup(torch._dynamo.reset)
         names, _ = self.follow(ROOT / "docs" / "compile.md")
-        self.assertEqual(names["loss"].grad_fn is None, False)
-        self.assertIsNot(names["compiled"], names["model"])
+        self.assertTrue(torch.equal(names["compiled"](names["inputs"]), names["model"](names["inputs"])))
 
     def test_budgets(self) -> None:
         names, _ = self.follow(ROOT / "docs" / "budgets.md")
@@ -117,7 +116,15 @@ class GuidesTest(unittest.TestCase):
         self.assertEqual(olla.schedule(olla.Graph.load("example.json")).order, (0, 1))
 
     def test_every_guide_is_followed(self) -> None:
-        followed = {"README.md", "training.md", "own_step.md", "compile.md", "budgets.md", "troubleshooting.md", "graphs.md"}
+        followed = {
+            "README.md",
+            "training.md",
+            "own_step.md",
+            "compile.md",
+            "budgets.md",
+            "troubleshooting.md",
+            "graphs.md",
+        }
         self.assertEqual({guide.name for guide in GUIDES}, followed)
 
     def test_links_lead_somewhere(self) -> None:

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import SymInt, Tensor, fx
 
 from olla.backend.joint import Joint, joint_of
 from olla.backend.split import split
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
-from olla.errors import InfeasibleError, InvalidOptionError
+from olla.errors import CaptureError, InfeasibleError, InvalidOptionError
 from olla.fit.fitting import fitted
 from olla.graph.check import verify
 from olla.graph.lifetimes import peak_bytes
@@ -21,7 +21,7 @@ from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
 from olla.planning import Options, closest
 from olla.run.emit import emit
-from olla.torch_private import aot_backend, boxed, min_cut
+from olla.torch_private import aot_backend, boxed, flatten, min_cut
 
 __all__ = ["olla"]
 
@@ -49,8 +49,11 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
     InvalidBudgetError
         If the budget cannot be read, or is not positive.
     CaptureError
-        If sizes are symbolic.
+        If sizes depend on values of tensors. Those that are merely not fixed are: ``torch.compile`` compiles again.
     """
+    for value in inputs:
+        if isinstance(value, SymInt):
+            int(value)  # which guards that it stays so
     planner = _Planner(_options(options or {}))
     compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
     return compiled
@@ -73,6 +76,7 @@ class _Planner:
         self, module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Forward and backward of a joint graph, in planned order."""
+        _require_fixed_sizes(module)
         parts = min_cut(module, inputs, num_fwd_outputs)
         joint = joint_of(module, num_fwd_outputs)
         found = self._planned(joint, parts)
@@ -81,6 +85,7 @@ class _Planner:
 
     def infer(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs a graph without a backward."""
+        _require_fixed_sizes(module)
         lowered = lower_module(module)
         lowered = lower_module(module, reuse(lowered))
         found = schedule(lowered.graph, time_limit=self._options.time_limit)
@@ -100,6 +105,19 @@ class _Planner:
             return fitted(graph, found, seconds, theirs.peak_bytes, time_limit=self._options.time_limit)
         except InfeasibleError:
             return theirs
+
+
+def _require_fixed_sizes(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        leaves, _ = flatten(node.meta.get("val"))
+        sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape]
+        if node.op == "call_function":
+            sizes += leaves
+        if any(isinstance(size, SymInt) for size in sizes):
+            raise CaptureError(
+                f"the size of {node.name!r} depends on values of tensors, and a plan is for fixed sizes: let "
+                "torch.compile break the graph there, as it does by default (torch._dynamo.config.capture_*)"
+            )
 
 
 def _schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import SymInt, Tensor, fx
+from torch import fx
 
 from olla.capture.lower import Lowered, is_random, lower_module, writes_of
 from olla.capture.reuse import reuse
-from olla.errors import CaptureError
 from olla.graph.graph import Graph, Storage
 from olla.torch_private import is_tangent
 
@@ -42,13 +41,7 @@ def joint_of(module: fx.GraphModule, forward_outputs: int) -> Joint:
 
     Program order is forward as far as its outputs need it, the boundary, and the rest. Results are written over
     inputs that die in backward alone: what forward saves belongs to autograd, and what runs again needs its inputs.
-
-    Raises
-    ------
-    CaptureError
-        If sizes are symbolic: a plan is for fixed ones.
     """
-    _require_fixed_sizes(module)
     node = _with_boundary(module, forward_outputs)
     joint = _lowered(module, node, {})
     graph, after = joint.lowered.graph, _descendants(joint.lowered.graph, joint.boundary)
@@ -75,17 +68,6 @@ def _lowered(module: fx.GraphModule, node: fx.Node, reused: Mapping[fx.Node, fx.
         found.append(op)
     graph = Graph(tuple(found), tuple(storages), graph.outputs)
     return Joint(module, replace(lowered, graph=graph), index)
-
-
-def _require_fixed_sizes(module: fx.GraphModule) -> None:
-    for node in module.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
-        if any(isinstance(size, SymInt) for size in sizes):
-            raise CaptureError(
-                f"input {node.name!r} has a size that is not fixed, and a plan is for fixed sizes: pass dynamic=False "
-                "to torch.compile, which then compiles once for each"
-            )
 
 
 def _with_boundary(module: fx.GraphModule, forward_outputs: int) -> fx.Node:
