@@ -181,7 +181,7 @@ class _Builder:
         key = storage_key(tensor)
         if key not in self.ids:
             self.ids[key] = len(self.storages)
-            size = tensor.untyped_storage().nbytes()
+            size = int(tensor.untyped_storage().nbytes())  # symbolic where torch.compile gives views
             spared = 0 if eager is None else eager.untyped_storage().nbytes() - size
             self.storages.append(Storage(name, size, persistent, spared))
         return self.ids[key]
