@@ -221,6 +221,24 @@ class Small(CompiledTestCase):
 
         self.check(forward, torch.randn(8, requires_grad=True), torch.randn(8))
 
+    def test_backward_needs_what_a_buffer_was_before_it_changed(self) -> None:
+        class Gate(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, buffer: Tensor) -> Tensor:
+                ctx.save_for_backward(buffer[1:] > 0)
+                return x * 2
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+                return gradient * ctx.saved_tensors[0], None
+
+        def forward(x: Tensor, buffer: Tensor) -> Tensor:
+            y = Gate.apply(x, buffer)
+            buffer.neg_()
+            return y
+
+        self.check(forward, torch.randn(8, requires_grad=True), torch.randn(9))
+
     def test_random_numbers_are_drawn_once(self) -> None:
         def forward(x: Tensor) -> Tensor:
             for _ in range(4):

@@ -14,19 +14,18 @@ from typing import Any, cast
 
 from torch import fx
 
-from olla.capture.lower import Lowered, is_random, lower_module, writes_of
+from olla.capture.lower import Lowered, is_random, lower_module, tensors_of, writes_of
 from olla.capture.reuse import reuse
 from olla.graph.graph import Graph, Storage
-from olla.torch_private import is_tangent
+from olla.torch_private import is_tangent, storage_key
 
 __all__ = ["Joint", "boundary", "joint_of"]
 
 
 @dataclass(frozen=True)
 class Joint:
-    """The joint graph of a module, with its boundary."""
+    """A lowered joint graph, and its boundary."""
 
-    module: fx.GraphModule
     lowered: Lowered
     boundary: int  # the op
 
@@ -67,7 +66,7 @@ def _lowered(module: fx.GraphModule, node: fx.Node, reused: Mapping[fx.Node, fx.
         op = replace(op, writes=op.writes + once, writes_once=())  # generators cannot be replayed across the boundary
         found.append(op)
     graph = Graph(tuple(found), tuple(storages), graph.outputs)
-    return Joint(module, replace(lowered, graph=graph), index)
+    return Joint(replace(lowered, graph=graph), index)
 
 
 def _with_boundary(module: fx.GraphModule, forward_outputs: int) -> fx.Node:
@@ -92,20 +91,33 @@ def _with_boundary(module: fx.GraphModule, forward_outputs: int) -> fx.Node:
 
 
 def _forward_of(graph: fx.Graph, outputs: Sequence[object], tangents: Sequence[fx.Node]) -> set[fx.Node]:
-    """The calls that the outputs need, and those with effects that need no tangent."""
+    """What needs no tangent, and outputs need, or has an effect, or reads what is changed in place, as it was before."""
     late = set(tangents)
     needed = {output for output in outputs if isinstance(output, fx.Node)}
+    changed: set[fx.Node] = set()
     for node in graph.nodes:
         if late.intersection(node.all_input_nodes):
             late.add(node)
         elif node.op == "call_function" and (is_random(node) or writes_of(node)):
             needed.add(node)
+            changed.update(writes_of(node))
+    for node in changed:
+        needed.update(_readers(node) - late)
     pending = list(needed)
     while pending:
         missing = [node for node in pending.pop().all_input_nodes if node not in needed]
         needed.update(missing)
         pending.extend(missing)
     return {node for node in needed if node.op == "call_function"}
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """The users of a tensor and of its views."""
+    readers, keys = set(node.users), {storage_key(tensor) for tensor in tensors_of(node.meta["val"])}
+    for user in node.users:
+        if keys & {storage_key(tensor) for tensor in tensors_of(user.meta.get("val"))}:
+            readers |= _readers(user)
+    return readers
 
 
 def _descendants(graph: Graph, op: int) -> list[bool]:
