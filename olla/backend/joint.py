@@ -91,7 +91,7 @@ def _with_boundary(module: fx.GraphModule, forward_outputs: int) -> fx.Node:
 
 
 def _forward_of(graph: fx.Graph, outputs: Sequence[object], tangents: Sequence[fx.Node]) -> set[fx.Node]:
-    """What needs no tangent, and outputs need, or has an effect, or reads what is changed in place, as it was before."""
+    """Of the calls that need no tangent, those that outputs need, with effects, or on what is changed in place."""
     late = set(tangents)
     needed = {output for output in outputs if isinstance(output, fx.Node)}
     changed: set[fx.Node] = set()
