@@ -8,6 +8,7 @@
     ├── InvalidGraphError      a dataflow graph contradicts itself
     ├── InvalidBuffersError    buffers to place contradict themselves
     ├── InvalidBudgetError     a memory budget cannot be read, or is not positive
+    ├── InvalidOptionError     an option is not known
     ├── InvalidModelError      an integer program contradicts itself, or its solver cannot take it
     ├── InvalidPlanError       a plan does not fit its graph, or claims what is not true
     ├── InfeasibleError        what was asked for does not fit
@@ -26,6 +27,7 @@ __all__ = [
     "InvalidBuffersError",
     "InvalidGraphError",
     "InvalidModelError",
+    "InvalidOptionError",
     "InvalidPlanError",
     "OllaError",
     "OutOfMemoryError",
@@ -52,6 +54,10 @@ class InvalidGraphError(OllaError):
 
 class InvalidBudgetError(OllaError):
     """A memory budget cannot be read, or is not positive."""
+
+
+class InvalidOptionError(OllaError):
+    """An option of the backend of ``torch.compile`` is not known; the message names those that are."""
 
 
 class InvalidBuffersError(OllaError):

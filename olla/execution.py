@@ -196,8 +196,8 @@ class Execution:
         return spiller
 
     def _emit(self, tell: Tell | None, watch: Watch | None = None) -> fx.GraphModule:
-        draft = self.draft
-        return emit(draft.traced, draft.lowered, draft.plan.order, spiller=self.spiller, tell=tell, watch=watch)
+        traced, lowered, order = self.draft.traced, self.draft.lowered, self.draft.plan.order
+        return emit(traced.module, lowered, order, updates=traced.updates, spiller=self.spiller, tell=tell, watch=watch)
 
 
 def _state_of(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:

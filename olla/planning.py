@@ -36,6 +36,7 @@ __all__ = [
     "Draft",
     "Options",
     "capture",
+    "closest",
     "draft",
     "trade",
     "with_addresses",
@@ -131,7 +132,7 @@ def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, r
 
 def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options, reorder: bool) -> Plan:
     """The plan of a step that was recorded, for what its graph has turned out to be, or a better one."""
-    found = _closest(graph, seconds, options)
+    found = closest(graph, seconds, options)
     if not reorder or not _is_better(graph, found, plan, seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
@@ -344,7 +345,7 @@ def _budget(graph: Graph, options: Options) -> int:
     return bytes_of(options.memory_budget, graph.persistent_bytes + eager_peak_bytes(graph))
 
 
-def _closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
+def closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
     """What keeps to the budget, if there is one, or comes closest to it: training that has begun goes on."""
     try:
         return _ordered(graph, seconds, options)

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.graph import _BoxedCodeGen
 from torch.fx.graph_module import _loader
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -39,7 +40,9 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TreeSpec",
+    "aot_backend",
     "bare_step",
+    "boxed",
     "buffers_of",
     "cpu_allocations",
     "dense_parts",
@@ -51,8 +54,10 @@ __all__ = [
     "has_step_hooks",
     "identity",
     "inductor",
+    "is_tangent",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
+    "min_cut",
     "real_tensors",
     "remove_step_hooks",
     "running_autograd_node",
@@ -237,6 +242,50 @@ def inductor(activation_memory_budget: float = 1.0) -> Callable[..., Any]:
             return compile_fx(graph, inputs)
 
     return backend
+
+
+def aot_backend(partition: Callable[..., Any], infer: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend of ``torch.compile`` whose graphs are of the operators that eager PyTorch runs: nothing is decomposed.
+
+    ``partition(joint, inputs, num_fwd_outputs=...)`` turns a joint graph into those of forward and backward, which run
+    as they are; ``infer(graph, inputs)`` turns a graph that needs no backward into what runs.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    backend: Callable[..., Any] = aot_autograd(
+        fw_compiler=boxed, inference_compiler=infer, partition_fn=partition, keep_inference_input_mutations=True
+    )
+    return backend
+
+
+def boxed(module: fx.GraphModule, _inputs: Sequence[Any] = ()) -> Callable[[list[Any]], Any]:
+    """``module`` as a function that empties the list of its inputs, so that each can die at its last use."""
+    module.graph.set_codegen(_BoxedCodeGen())
+    module.recompile()
+
+    def run(inputs: list[Any]) -> Any:
+        return module.forward(inputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def min_cut(joint: fx.GraphModule, inputs: Any, forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward as PyTorch divides them, backward with what it would run again.
+
+    Calls keep their names. In ``joint`` itself equal calls become one, and dead ones go.
+    """
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    found: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
+        joint, inputs, num_fwd_outputs=forward_outputs
+    )
+    return found
+
+
+def is_tangent(placeholder: fx.Node) -> bool:
+    """Whether an input of a joint graph is the gradient of an output of forward."""
+    return str(placeholder.target).startswith("tangents")
 
 
 @contextmanager

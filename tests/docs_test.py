@@ -144,6 +144,11 @@ class GuidesTest(unittest.TestCase):
             torch.testing.assert_close(one, parameter.grad)
         self.assertTrue(torch.equal(results[0][0], results[1][0]))
 
+    def test_compile(self) -> None:
+        self.addCleanup(torch._dynamo.reset)
+        names, _ = self.follow(ROOT / "docs" / "compile.md")
+        self.assertTrue(torch.equal(names["compiled"](names["inputs"]), names["model"](names["inputs"])))
+
     def test_budgets(self) -> None:
         names, _ = self.follow(ROOT / "docs" / "budgets.md")
         plan, spilling = names["step"].plan, names["spilling"].plan
@@ -259,7 +264,7 @@ class GuidesTest(unittest.TestCase):
     def test_every_guide_is_followed(self) -> None:
         followed = {
             "README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md", "cuda.md",
-            "solvers.md", "how_it_works.md", "command_line.md", "trainer.md",
+            "solvers.md", "how_it_works.md", "command_line.md", "trainer.md", "compile.md",
         }  # fmt: skip
         self.assertEqual({guide.name for guide in GUIDES} - {"reference.md", "results.md"}, followed)
         listed = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text())}

@@ -8,7 +8,7 @@ test looks for more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor, fx
 from olla.capture.program import Program
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
-from olla.capture.updates import UPDATE
+from olla.capture.updates import UPDATE, Update
 from olla.capture.workspace import spared_bytes, workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
 from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
-__all__ = ["Lowered", "is_random", "lower", "statistics_of", "tensors_of"]
+__all__ = ["Lowered", "is_random", "lower", "lower_module", "statistics_of", "tensors_of", "writes_of"]
 
 # Arguments that an operator writes although its schema does not say so, and the one that enables it, if any.
 _UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int | None]] = {
@@ -30,6 +30,12 @@ _UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int | None]] = {
     torch.ops.aten.cudnn_batch_norm.default: ((3, 4), 5),
     torch.ops.aten.miopen_batch_norm.default: ((3, 4), 5),
     torch.ops.aten.mkldnn_rnn_layer_backward.default: ((22,), None),
+}
+
+# Where functional batch norms take statistics that are replaced later on, and the argument that says that they are
+# in training: then what they return does not depend on these, but for the next ones.
+_REPLACED: Mapping[object, tuple[tuple[int, ...], int]] = {
+    torch.ops.aten._native_batch_norm_legit_functional.default: ((3, 4), 5)
 }
 
 
@@ -48,28 +54,21 @@ def lower(program: Program, traced: Trace, reused: Mapping[fx.Node, fx.Node] | N
 
     ``reused`` holds, for calls that write over one of their inputs, which.
     """
-    builder = _Builder(reused or {})
-    names = iter([*(program.display_name(n) for n in program.state), *(f"{n}.grad" for n in traced.gradients_in)])
-    for node in traced.module.graph.nodes:
-        if node.op == "placeholder":
-            builder.add_persistent(node, next(names, node.name))
-        elif node.op == "get_attr":
-            builder.add_persistent(node, node.name)
-        elif node.op == "call_function":
-            if node.target is UPDATE:
-                builder.add_update(program, traced, node)
-            elif builder.is_view(node):
-                builder.add_view(node)
-            else:
-                builder.add_op(node)
-    outputs = builder.existing(traced.module.graph.output_node().all_input_nodes)
-    graph = Graph(tuple(builder.ops), tuple(builder.storages), tuple(sorted(outputs)))
-    return Lowered(graph, tuple(builder.nodes), builder.views, builder.results)
+    names = [*map(program.display_name, program.state), *(f"{name}.grad" for name in traced.gradients_in)]
+    parameters = {id(tensor): program.display_name(name) for name, tensor in program.parameters.items()}
+    return _Builder(reused or {}, traced.updates, parameters).lowered(traced.module, names)
+
+
+def lower_module(module: fx.GraphModule, reused: Mapping[fx.Node, fx.Node] | None = None) -> Lowered:
+    """Lower a graph that updates no parameters, whose calls have their results in ``meta["val"]``."""
+    return _Builder(reused or {}).lowered(module)
 
 
 @dataclass
 class _Builder:
     reused: Mapping[fx.Node, fx.Node]
+    updates: Sequence[Update] = ()
+    parameters: Mapping[int, str] = field(default_factory=dict)  # id of a parameter -> its name, for people
     ops: list[Op] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
@@ -79,6 +78,25 @@ class _Builder:
     optimizer_state: dict[tuple[int, int], int] = field(default_factory=dict)  # optimizer, parameter -> our id
     generator: int | None = None
 
+    def lowered(self, module: fx.GraphModule, names: Sequence[str] = ()) -> Lowered:
+        """The whole graph; ``names`` of its first inputs are for people."""
+        remaining = iter(names)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                self.add_persistent(node, next(remaining, node.name))
+            elif node.op == "get_attr":
+                self.add_persistent(node, node.name)
+            elif node.op == "call_function":
+                if node.target is UPDATE:
+                    self.add_update(node)
+                elif self.is_view(node):
+                    self.add_view(node)
+                else:
+                    self.add_op(node)
+        outputs = self.existing(module.graph.output_node().all_input_nodes)
+        graph = Graph(tuple(self.ops), tuple(self.storages), tuple(sorted(outputs)))
+        return Lowered(graph, tuple(self.nodes), self.views, self.results)
+
     def add_persistent(self, node: fx.Node, name: str) -> None:
         for tensor in _tensors(node):
             self._add_storage(tensor, name, persistent=True)
@@ -86,7 +104,7 @@ class _Builder:
     def is_view(self, node: fx.Node) -> bool:
         """Whether the call only hands out tensors on storages that exist: no bytes, no effect."""
         results = _tensors(node)
-        if not results or _writes(node) or is_random(node):
+        if not results or writes_of(node) or is_random(node):
             return False
         return all(storage_key(tensor) in self.ids for tensor in results)
 
@@ -94,12 +112,13 @@ class _Builder:
         self.views[node] = self.existing([node])
 
     def add_op(self, node: fx.Node) -> None:
-        writes = self.existing(_writes(node))
+        writes = self.existing(writes_of(node))
         once = {s for s in self.existing(statistics_of(node)) if self.storages[s].persistent}
         if is_random(node):
             writes |= {self._generator()}
             once |= {self._generator()} if _is_replayable(node) else set()
         reads = self.existing(node.all_input_nodes) - writes
+        reads -= {s for s in self.existing(_replaced(node)) if self.storages[s].persistent}
         if node in self.reused:  # its result was traced on a storage of its own
             self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(self.reused[node].meta["val"])]
         wider = node.meta.get("eager")
@@ -109,11 +128,10 @@ class _Builder:
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
         self._append(node, _name(node), creates, reads, writes, workspace_bytes(node), once)
 
-    def add_update(self, program: Program, traced: Trace, node: fx.Node) -> None:
+    def add_update(self, node: fx.Node) -> None:
         slot = node.args[2]
         assert isinstance(slot, int)
-        update = traced.updates[slot]
-        names = {id(tensor): program.display_name(name) for name, tensor in program.parameters.items()}
+        update, names = self.updates[slot], self.parameters
         label = "all" if update.whole else " and ".join(names[id(p)] for p in update.parameters_updated)
         writes = self.existing(node.all_input_nodes)
         workspace = 0
@@ -163,7 +181,7 @@ class _Builder:
         key = storage_key(tensor)
         if key not in self.ids:
             self.ids[key] = len(self.storages)
-            size = tensor.untyped_storage().nbytes()
+            size = int(tensor.untyped_storage().nbytes())  # symbolic where torch.compile gives views
             spared = 0 if eager is None else eager.untyped_storage().nbytes() - size
             self.storages.append(Storage(name, size, persistent, spared))
         return self.ids[key]
@@ -190,7 +208,7 @@ def _tensors(node: fx.Node) -> list[Tensor]:
     return tensors_of(node.meta.get("val"))
 
 
-def _writes(node: fx.Node) -> list[fx.Node]:
+def writes_of(node: fx.Node) -> list[fx.Node]:
     """The arguments that the call changes in place."""
     if not isinstance(node.target, OpOverload):
         return []
@@ -209,6 +227,11 @@ def statistics_of(node: fx.Node) -> list[fx.Node]:
     if enabled_by is None or not node.args[enabled_by]:
         return []
     return [found for position in positions for found in _nodes(node.args[position])]
+
+
+def _replaced(node: fx.Node) -> list[fx.Node]:
+    positions, training = _REPLACED.get(node.target, ((), 0))
+    return [found for position in positions if node.args[training] for found in _nodes(node.args[position])]
 
 
 def _nodes(value: object) -> Iterator[fx.Node]:

@@ -11,7 +11,6 @@ from torch import fx
 
 from olla.capture.lower import Lowered, is_random, statistics_of, tensors_of
 from olla.capture.rewrite.weight_gradient import slices_that_keep_the_bits, weight_gradient
-from olla.capture.trace import Trace
 from olla.capture.updates import UPDATE, Update
 from olla.graph.plan import extra_runs
 from olla.run.random import random_state, replay
@@ -26,32 +25,41 @@ Watch = Callable[[int, object], None]
 
 
 def emit(
-    traced: Trace,
+    module: fx.GraphModule,
     lowered: Lowered,
     order: Sequence[int],
     *,
+    updates: Sequence[Update] = (),
     spiller: Spiller | None = None,
     tell: Tell | None = None,
     watch: Watch | None = None,
 ) -> fx.GraphModule:
-    """The step of ``traced``, its ops in ``order``; ``.code`` of the result is what runs.
+    """The calls of ``module``, its ops in ``order``; ``.code`` of the result is what runs.
 
     An op that stands in ``order`` again runs again: readers take the latest result, running statistics are left
     alone, and the same random numbers are drawn.
     Views are taken right before they are needed. The parts of a result are taken right after the
-    call, so that the tuple does not keep them all alive. ``spiller`` is told when storages leave and come back.
+    call, so that the tuple does not keep them all alive. ``updates`` are what the slots of update ops stand for.
+    ``spiller`` is told when storages leave and come back.
     ``tell`` is called with the position in the order before each op, and once more if storages have moved there
     in between; ``watch`` after it, with the position and what the op returned.
     """
-    return _Emitter(traced, lowered, spiller, tell, watch).emit(order)
+    return _Emitter(module, lowered, updates, spiller, tell, watch).emit(order)
 
 
 class _Emitter:
     def __init__(
-        self, traced: Trace, lowered: Lowered, spiller: Spiller | None, tell: Tell | None, watch: Watch | None
+        self,
+        module: fx.GraphModule,
+        lowered: Lowered,
+        updates: Sequence[Update],
+        spiller: Spiller | None,
+        tell: Tell | None,
+        watch: Watch | None,
     ) -> None:
-        self._traced = traced
+        self._module = module
         self._lowered = lowered
+        self._slots = updates
         self._moves: dict[tuple[str, int], list[int]] = {}  # hook and position -> what moves there
         self._hooks: dict[str, object] = {name: hook for name, hook in (("op", tell), ("look", watch)) if hook}
         self._transfers = spiller.transfers if spiller else ()
@@ -67,7 +75,7 @@ class _Emitter:
         self._random_states: dict[fx.Node, fx.Node] = {}
 
     def emit(self, order: Sequence[int]) -> fx.GraphModule:
-        module = self._traced.module
+        module = self._module
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self._copy(node)
@@ -166,7 +174,7 @@ class _Emitter:
     def _take_views_before(self, index: int) -> None:
         """Op ``index`` reshapes its tensor itself: a view of it that is older must be taken before."""
         changed = set(self._lowered.graph.ops[index].writes)
-        for node in self._traced.module.graph.nodes:
+        for node in self._module.graph.nodes:
             if node is self._lowered.nodes[index]:
                 break
             if changed & self._lowered.views.get(node, set()):
@@ -179,7 +187,7 @@ class _Emitter:
         name = "".join(c if c.isalnum() else "_" for c in self._lowered.graph.ops[index].name)
         while name in self._updates:  # stepped more than once
             name += "_again"
-        self._updates[name] = self._traced.updates[slot]
+        self._updates[name] = self._slots[slot]
         self._graph.call_module(name, tuple(self._emitted[gradient] for gradient in gradients))
 
 

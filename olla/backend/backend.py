@@ -1,0 +1,129 @@
+"""The backend of ``torch.compile`` that is called ``olla``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import SymInt, Tensor, fx
+
+from olla.backend.joint import Joint, joint_of
+from olla.backend.split import split
+from olla.capture.costs import estimated_seconds
+from olla.capture.lower import lower_module
+from olla.capture.reuse import reuse
+from olla.errors import CaptureError, InfeasibleError, InvalidOptionError
+from olla.fit.fitting import fitted
+from olla.graph.check import verify
+from olla.graph.lifetimes import peak_bytes
+from olla.graph.plan import Plan, Schedule
+from olla.order.schedule import schedule
+from olla.planning import Options, closest
+from olla.run.emit import emit
+from olla.torch_private import aot_backend, boxed, flatten, min_cut
+
+__all__ = ["olla"]
+
+log = logging.getLogger(__name__)
+
+_KNOWN = ("memory_budget", "time_limit")
+
+
+def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile one graph of a model: its forward and backward in an order, and within a budget, of OLLA's.
+
+    Parameters
+    ----------
+    module, inputs
+        What ``torch.compile`` gives.
+    options
+        ``memory_budget``: what forward and backward may hold at once, parameters and inputs included, in bytes
+        (``"6GiB"``), or as a share of what they hold in eager PyTorch (``0.5``); what is not kept is computed again
+        in backward. ``time_limit``: seconds for planning.
+
+    Raises
+    ------
+    InvalidOptionError
+        For an option that is not known.
+    InvalidBudgetError
+        If the budget cannot be read, or is not positive.
+    CaptureError
+        If sizes depend on values of tensors. Those that are merely not fixed are: ``torch.compile`` compiles again.
+    """
+    for value in inputs:
+        if isinstance(value, SymInt):
+            int(value)  # which guards that it stays so
+    planner = _Planner(_options(options or {}))
+    compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
+    return compiled
+
+
+def _options(options: dict[str, Any]) -> Options:
+    unknown = [name for name in options if name not in _KNOWN]
+    if unknown:
+        raise InvalidOptionError(f"the backend has no option {unknown[0]!r}: it knows {', '.join(_KNOWN)}")
+    return Options(**options)
+
+
+class _Planner:
+    """What AOTAutograd calls with the graphs that it has traced."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    def partition(
+        self, module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward of a joint graph, in planned order."""
+        _require_fixed_sizes(module)
+        parts = min_cut(module, inputs, num_fwd_outputs)
+        joint = joint_of(module, num_fwd_outputs)
+        found = self._planned(joint, parts)
+        verify(joint.lowered.graph, Plan.of(joint.lowered.graph, found))
+        return split(emit(module, joint.lowered, found.order), num_fwd_outputs)
+
+    def infer(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What runs a graph without a backward."""
+        _require_fixed_sizes(module)
+        lowered = lower_module(module)
+        lowered = lower_module(module, reuse(lowered))
+        found = schedule(lowered.graph, time_limit=self._options.time_limit)
+        verify(lowered.graph, Plan.of(lowered.graph, found))
+        return boxed(emit(module, lowered, found.order))
+
+    def _planned(self, joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
+        """Within the budget; without one, at most the peak of PyTorch's own partition, which computes again, too."""
+        graph, seconds = joint.lowered.graph, estimated_seconds(joint.lowered)
+        found = closest(graph, seconds, self._options)
+        if self._options.memory_budget is not None:
+            return found
+        theirs = _schedule_of(joint, parts)
+        if found.peak_bytes <= theirs.peak_bytes:
+            return found
+        try:
+            return fitted(graph, found, seconds, theirs.peak_bytes, time_limit=self._options.time_limit)
+        except InfeasibleError:
+            return theirs
+
+
+def _require_fixed_sizes(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        leaves, _ = flatten(node.meta.get("val"))
+        sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape]
+        if node.op == "call_function":
+            sizes += leaves
+        if any(isinstance(size, SymInt) for size in sizes):
+            raise CaptureError(
+                f"the size of {node.name!r} depends on values of tensors, and a plan is for fixed sizes: let "
+                "torch.compile break the graph there, as it does by default (torch._dynamo.config.capture_*)"
+            )
+
+
+def _schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
+    """The order in which forward and backward run as PyTorch has divided them."""
+    index = {node.name: op for op, node in enumerate(joint.lowered.nodes)}
+    forward, backward = ([index[n.name] for n in part.graph.nodes if n.name in index] for part in parts)
+    order = (*forward, joint.boundary, *backward)
+    peak = peak_bytes(joint.lowered.graph, order)
+    return Schedule(order, peak, 0, "min-cut partition", 0.0)

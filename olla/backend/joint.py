@@ -1,0 +1,128 @@
+"""Forward and backward as one graph, divided by the moment at which the caller has the outputs and computes the loss.
+
+That moment is a call like others, the *boundary*: it takes what forward returns and makes the gradients of that, the
+tangents. So an order of the ops says by itself what runs in forward and what in backward, and what is alive across the
+boundary is what forward saves. What runs again after it is not saved.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from torch import fx
+
+from olla.capture.lower import Lowered, is_random, lower_module, tensors_of, writes_of
+from olla.capture.reuse import reuse
+from olla.graph.graph import Graph, Storage
+from olla.torch_private import is_tangent, storage_key
+
+__all__ = ["Joint", "boundary", "joint_of"]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A lowered joint graph, and its boundary."""
+
+    lowered: Lowered
+    boundary: int  # the op
+
+
+def boundary(*_outputs: object) -> tuple[object, ...]:
+    """What the caller does between forward and backward; it is planned around, and never called."""
+    raise NotImplementedError
+
+
+def joint_of(module: fx.GraphModule, forward_outputs: int) -> Joint:
+    """Put the boundary into ``module``, a joint graph that begins its outputs with ``forward_outputs`` of forward.
+
+    Program order is forward as far as its outputs need it, the boundary, and the rest. Results are written over
+    inputs that die in backward alone: what forward saves belongs to autograd, and what runs again needs its inputs.
+    """
+    node = _with_boundary(module, forward_outputs)
+    joint = _lowered(module, node, {})
+    graph, after = joint.lowered.graph, _descendants(joint.lowered.graph, joint.boundary)
+    spoken_for = (s for op, found in zip(graph.ops, after, strict=True) if not found for s in op.creates)
+    kept = replace(graph, outputs=tuple({*graph.outputs, *spoken_for}))
+    return _lowered(module, node, reuse(replace(joint.lowered, graph=kept)))
+
+
+def _lowered(module: fx.GraphModule, node: fx.Node, reused: Mapping[fx.Node, fx.Node]) -> Joint:
+    lowered = lower_module(module, reused)
+    graph, index = lowered.graph, lowered.nodes.index(node)
+    storages, found = list(graph.storages), []
+    handed_out = {*graph.ops[index].reads}
+    before = {s for op in graph.ops[:index] for s in op.writes if storages[s].persistent}
+    for position, op in enumerate(graph.ops):
+        once: tuple[int, ...] = ()
+        if position == index or handed_out.intersection(op.creates):  # it has happened: state that no repeat may change
+            once = (len(storages),)
+            storages.append(Storage(f"{op.name} has run", 0, persistent=True))
+        if position == index:
+            # The caller draws random numbers, and sees inputs and buffers as forward has left them.
+            op = replace(op, reads=tuple(s for s in op.reads if s not in before), writes=tuple(sorted(before)))
+        op = replace(op, writes=op.writes + once, writes_once=())  # generators cannot be replayed across the boundary
+        found.append(op)
+    graph = Graph(tuple(found), tuple(storages), graph.outputs)
+    return Joint(replace(lowered, graph=graph), index)
+
+
+def _with_boundary(module: fx.GraphModule, forward_outputs: int) -> fx.Node:
+    """Put the boundary after all that forward must do, and in place of the tangents."""
+    graph, output = module.graph, module.graph.output_node()
+    outputs = cast("Sequence[Any]", output.args[0])[:forward_outputs]
+    tangents = [node for node in graph.find_nodes(op="placeholder") if is_tangent(node)]
+    forward = _forward_of(graph, outputs, tangents)
+    after = next((node for node in graph.nodes if node.op == "call_function" and node not in forward), output)
+    for node in list(graph.nodes):
+        if node in forward and after is not output:
+            after.prepend(node)
+    with graph.inserting_before(after):
+        found = graph.call_function(boundary, tuple(outputs))
+        found.meta["val"] = tuple(tangent.meta["val"] for tangent in tangents)
+        for position, tangent in enumerate(tangents):
+            part = graph.call_function(operator.getitem, (found, position))
+            part.meta = dict(tangent.meta)
+            tangent.replace_all_uses_with(part)
+            graph.erase_node(tangent)
+    return found
+
+
+def _forward_of(graph: fx.Graph, outputs: Sequence[object], tangents: Sequence[fx.Node]) -> set[fx.Node]:
+    """Of the calls that need no tangent, those that outputs need, with effects, or on what is changed in place."""
+    late = set(tangents)
+    needed = {output for output in outputs if isinstance(output, fx.Node)}
+    changed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if late.intersection(node.all_input_nodes):
+            late.add(node)
+        elif node.op == "call_function" and (is_random(node) or writes_of(node)):
+            needed.add(node)
+            changed.update(writes_of(node))
+    for node in changed:
+        needed.update(_readers(node) - late)
+    pending = list(needed)
+    while pending:
+        missing = [node for node in pending.pop().all_input_nodes if node not in needed]
+        needed.update(missing)
+        pending.extend(missing)
+    return {node for node in needed if node.op == "call_function"}
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """The users of a tensor and of its views."""
+    readers, keys = set(node.users), {storage_key(tensor) for tensor in tensors_of(node.meta["val"])}
+    for user in node.users:
+        if keys & {storage_key(tensor) for tensor in tensors_of(user.meta.get("val"))}:
+            readers |= _readers(user)
+    return readers
+
+
+def _descendants(graph: Graph, op: int) -> list[bool]:
+    """For each op, whether ``op`` must run before it."""
+    found = [False] * len(graph.ops)
+    for index, before in enumerate(graph.predecessors):
+        found[index] = op in before or any(found[other] for other in before)
+    return found
