@@ -30,6 +30,7 @@ from olla.graph.plan import Placement, Plan, Schedule
 
 if TYPE_CHECKING:
     from olla.api import frontier, optimize, optimize_step, plan, to_graph
+    from olla.capture.average import average_gradients
     from olla.measure.measurement import Measurement
     from olla.order.schedule import schedule
     from olla.place.allocate import allocate
@@ -59,6 +60,7 @@ __all__ = [
     "Step",
     "Storage",
     "allocate",
+    "average_gradients",
     "frontier",
     "optimize",
     "optimize_step",
@@ -73,6 +75,7 @@ _LOADED_WHEN_USED = {
     "Measurement": "olla.measure.measurement",
     "Step": "olla.step",
     "allocate": "olla.place.allocate",
+    "average_gradients": "olla.capture.average",
     "frontier": "olla.api",
     "optimize": "olla.api",
     "optimize_step": "olla.api",

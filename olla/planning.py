@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from olla.capture.average import start_as_soon_as_possible
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
 from olla.capture.reuse import reuse
 from olla.capture.rewrite.weight_gradient import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
-from olla.errors import InfeasibleError
+from olla.errors import CaptureError, InfeasibleError
 from olla.fit.budget import Budget, bytes_of
 from olla.fit.fitting import fitted
 from olla.fit.frontier import Frontier, frontier
@@ -26,9 +27,11 @@ from olla.graph.plan import Addresses, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
 from olla.place.place import ALIGNMENT, pack, place
+from olla.run.ranks import ALONE, Ranks
 from olla.run.recording import Recording
 from olla.run.spill import SpillDir, measured_bandwidth
 from olla.show.progress import stage
+from olla.torch_private import is_collective
 
 __all__ = [
     "Draft",
@@ -77,21 +80,50 @@ def capture(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], opt
     """The step for these arguments as a graph, not planned."""
     with stage("capturing the step", options.progress):
         traced = trace(program, args, kwargs)
+        start_as_soon_as_possible(traced.module.graph)
         lowered = lower(program, traced)
+        _require_ranks(program, lowered)
         return traced, lower(program, traced, reuse(lowered))
 
 
-def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Draft:
-    """The step for these arguments with a plan of its order."""
+def _require_ranks(program: Program, lowered: Lowered) -> None:
+    exchanging = next(
+        (op for op, n in zip(lowered.graph.ops, lowered.nodes, strict=True) if is_collective(n.target)), None
+    )
+    if exchanging is not None and program.process_group is None:
+        raise CaptureError(
+            f"the step exchanges tensors with other processes ({exchanging.name} at {exchanging.source or 'unknown'}): "
+            "pass process_group= to olla.optimize_step, so that all of them follow one plan"
+        )
+
+
+def draft(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, ranks: Ranks = ALONE
+) -> Draft:
+    """The step for these arguments with a plan of its order, that of rank 0."""
     started = time.perf_counter()
-    traced, lowered = capture(program, args, kwargs, options)
+    traced, lowered = ranks.together(lambda: capture(program, args, kwargs, options))
     capture_seconds = time.perf_counter() - started
+    ranks.require_same(_described(program, traced, lowered.graph))
     seconds = estimated_seconds(lowered)
-    found = _ordered(lowered.graph, seconds, options)
+    found = ranks.from_first(lambda: _ordered(lowered.graph, seconds, options))
     lowered = _with_whole_gradients(lowered, found)
     plan = Plan.of(lowered.graph, found)
     verify(lowered.graph, plan)
     return Draft(traced, lowered, plan, seconds, capture_seconds)
+
+
+def _described(program: Program, traced: Trace, graph: Graph) -> list[str]:
+    """What the plan and the tensors that are exchanged depend on, a line for each input and operator."""
+    names = iter([f"{program.display_name(name)}" for name in program.state])
+    lines = []
+    for node in traced.module.graph.find_nodes(op="placeholder"):
+        tensor = node.meta["val"]
+        lines.append(
+            f"{next(names, 'an input')} of {tensor.dtype}, shape {[*tensor.shape]}, strides {[*tensor.stride()]}"
+        )
+    lines += [f"operator {index}, {op.name}" for index, op in enumerate(graph.ops)]
+    return [*lines, f"a graph with digest {graph.digest}"]
 
 
 def _with_whole_gradients(lowered: Lowered, found: Schedule) -> Lowered:
@@ -117,31 +149,50 @@ def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
     return replace(drafted, plan=plan)
 
 
-def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
-    """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
+def with_workspaces(
+    drafted: Draft, recording: Recording, options: Options, *, reorder: bool, ranks: Ranks = ALONE
+) -> Draft:
+    """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed.
+
+    With other ``ranks``, all take the order of rank 0, made for the most bytes and seconds that each op takes on any.
+    """
     plan = drafted.plan
     graph = _measured(drafted.lowered.graph, plan, recording)
-    found = _closest(graph, drafted.seconds, options)
-    if not reorder or not _is_better(graph, found, plan, drafted.seconds, options):
-        peak = peak_bytes(graph, plan.order, plan.spills)
-        extra = _extra_seconds(graph, plan, drafted.seconds, options)
-        if options.memory_budget is not None and graph.persistent_bytes + peak > _budget(graph, options):
-            log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
+    shared, seconds = _slowest(graph, drafted.seconds, ranks)
+    found = ranks.from_first(lambda: _closest(shared, seconds, options))
+    if not reorder or not _is_better(shared, found, plan, seconds, options):
+        extra = _extra_seconds(graph, plan, seconds, options)
+        peak = graph.persistent_bytes + peak_bytes(graph, plan.order, plan.spills)
+        if options.memory_budget is not None and peak > _budget(graph, options):
+            log.warning("the step needs %s bytes, more than its budget", f"{peak:,}")
         found = replace(
             found,
             order=plan.order,
-            peak_bytes=peak,
-            lower_bound_bytes=min(peak, found.lower_bound_bytes),
             method=plan.method,
             spills=plan.spills,
             extra_seconds=extra,
             extra_seconds_lower_bound=min(extra, found.extra_seconds_lower_bound),
         )
-    plan = Plan.of(graph, replace(found, seconds=found.seconds + plan.seconds))
-    if options.solver and options.place and reorder:
+    plan = Plan.of(graph, replace(_here(graph, shared, found), seconds=found.seconds + plan.seconds))
+    if options.solver and options.place and reorder and ranks is ALONE:
         plan = _placed(graph, plan, options).at(None)  # perhaps another order has a smaller arena
     verify(graph, plan)
-    return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
+    return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan, seconds=seconds)
+
+
+def _here(graph: Graph, shared: Graph, found: Schedule) -> Schedule:
+    """A schedule of the ``shared`` graph as one of ``graph``, whose ops are the same but for smaller workspaces."""
+    smaller = max((a.workspace - b.workspace for a, b in zip(shared.ops, graph.ops, strict=True)), default=0)
+    peak = peak_bytes(graph, found.order, found.spills)
+    return replace(found, peak_bytes=peak, lower_bound_bytes=max(0, min(peak, found.lower_bound_bytes - smaller)))
+
+
+def _slowest(graph: Graph, seconds: Sequence[float], ranks: Ranks) -> tuple[Graph, tuple[float, ...]]:
+    """The graph with the largest workspaces of all ranks, and the longest times."""
+    count = len(graph.ops)
+    found = ranks.largest([*(op.workspace for op in graph.ops), *seconds])
+    ops = tuple(replace(op, workspace=int(most)) for op, most in zip(graph.ops, found[:count], strict=True))
+    return replace(graph, ops=ops), tuple(found[count:])
 
 
 def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[float], options: Options) -> bool:

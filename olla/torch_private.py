@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
+from torch._C._distributed_c10d import ProcessGroup as ProcessGroup
+from torch._C._distributed_c10d import _broadcast_coalesced
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.optim import Optimizer
@@ -33,24 +36,33 @@ __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "FakeTensor",
     "OpOverload",
+    "ProcessGroup",
     "TorchDispatchMode",
     "TreeSpec",
     "bare_step",
+    "broadcast_coalesced",
     "buffers_of",
+    "collective_device",
     "cpu_allocations",
     "dense_parts",
     "fake_mode",
     "fake_tensor",
+    "finish_sum",
     "flatten",
     "graph_being_traced",
     "has_step_hooks",
     "identity",
     "inductor",
+    "is_collective",
+    "is_distributed",
+    "is_sum",
+    "is_wait",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
     "real_tensors",
     "remove_step_hooks",
     "running_autograd_node",
+    "start_sum",
     "storage_key",
     "trace_fake",
     "unflatten",
@@ -61,6 +73,7 @@ TreeSpec = _pytree.TreeSpec
 
 # What tracing raises where Python asks for the value of a tensor.
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+_BROADCAST_BYTES = 1 << 20  # of the copies that are sent at once
 TRACED_VALUE_MESSAGE = "get value out of a tracing tensor"
 
 
@@ -134,6 +147,47 @@ def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
     """Position and name of each argument that ``operator`` declares to change in place."""
     arguments = enumerate(operator._schema.arguments)
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def start_sum(tensor: Tensor, group: ProcessGroup) -> None:
+    """Begin to replace ``tensor`` by its sum over the processes of ``group``: leave it alone until that is finished."""
+    torch.ops._c10d_functional.all_reduce_(tensor, "sum", group.group_name)
+
+
+def finish_sum(tensor: Tensor) -> None:
+    """Wait for what :func:`start_sum` began."""
+    torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+def is_sum(target: object) -> bool:
+    """Whether a traced call of ``target`` is one that :func:`start_sum` made."""
+    return target is torch.ops._c10d_functional.all_reduce_.default
+
+
+def is_wait(target: object) -> bool:
+    """Whether a traced call of ``target`` waits for a collective that fills its argument, and returns that."""
+    return target is torch.ops._c10d_functional.wait_tensor.default
+
+
+def is_collective(target: object) -> bool:
+    """Whether a traced call of ``target`` starts to communicate with other processes."""
+    return isinstance(target, OpOverload) and target.namespace == "_c10d_functional" and not is_wait(target)
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def broadcast_coalesced(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Fill ``tensors`` with those of the first process of ``group``, a few of them at a time."""
+    _broadcast_coalesced(group, [*tensors], _BROADCAST_BYTES, 0)
+
+
+def collective_device(group: ProcessGroup) -> torch.device:
+    """Where tensors must be that ``group`` sends."""
+    return torch.device(_get_object_coll_device(group))
 
 
 def identity(module: nn.Module) -> list[int]:

@@ -20,7 +20,15 @@ from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
 from olla.capture.workspace import spared_bytes, workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
-from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
+from olla.torch_private import (
+    OpOverload,
+    dense_parts,
+    flatten,
+    is_collective,
+    is_wait,
+    storage_key,
+    written_arguments,
+)
 
 __all__ = ["Lowered", "is_random", "lower", "statistics_of", "tensors_of"]
 
@@ -77,7 +85,7 @@ class _Builder:
     views: dict[fx.Node, set[int]] = field(default_factory=dict)
     results: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     optimizer_state: dict[tuple[int, int], int] = field(default_factory=dict)  # optimizer, parameter -> our id
-    generator: int | None = None
+    sizeless: dict[str, int] = field(default_factory=dict)  # state without bytes -> our id
 
     def add_persistent(self, node: fx.Node, name: str) -> None:
         for tensor in _tensors(node):
@@ -99,9 +107,12 @@ class _Builder:
         if is_random(node):
             writes |= {self._generator()}
             once |= {self._generator()} if _is_replayable(node) else set()
+        if is_collective(node.target):
+            writes |= {self._sizeless("process group")}
         reads = self.existing(node.all_input_nodes) - writes
-        if node in self.reused:  # its result was traced on a storage of its own
-            self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(self.reused[node].meta["val"])]
+        over = node.args[0] if is_wait(node.target) else self.reused.get(node)
+        if isinstance(over, fx.Node):  # its result was traced on a storage of its own
+            self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(over.meta["val"])]
         wider = node.meta.get("eager")
         creates = [
             self._add_storage(t, node.name, eager=wider) for t in _tensors(node) if storage_key(t) not in self.ids
@@ -169,10 +180,13 @@ class _Builder:
         return self.ids[key]
 
     def _generator(self) -> int:
-        if self.generator is None:
-            self.generator = len(self.storages)
-            self.storages.append(Storage("random generator", 0, persistent=True))
-        return self.generator
+        return self._sizeless("random generator")
+
+    def _sizeless(self, name: str) -> int:
+        if name not in self.sizeless:
+            self.sizeless[name] = len(self.storages)
+            self.storages.append(Storage(name, 0, persistent=True))
+        return self.sizeless[name]
 
 
 def tensors_of(value: object) -> list[Tensor]:
@@ -197,6 +211,8 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     written: list[fx.Node] = []
     for position, name in written_arguments(node.target):
         written.extend(_nodes(node.args[position] if position < len(node.args) else node.kwargs.get(name)))
+    if is_wait(node.target):
+        written.extend(_nodes(node.args[0]))
     positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), None))
     if enabled_by is None or node.args[enabled_by]:
         written.extend(found for position in positions for found in _nodes(node.args[position]))
