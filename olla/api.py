@@ -156,8 +156,8 @@ def optimize_step(
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
     process_group
-        As for :func:`optimize`, but the function averages gradients itself, by :func:`average_gradients` or
-        collectives of its own.
+        As for :func:`optimize`, but the function averages gradients itself, by
+        :func:`olla.average_gradients`.
     reorder, place, memory_budget, spill_dir, solver, time_limit, progress
         As for :func:`optimize`.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from olla.capture.average import start_as_soon_as_possible
+from olla.capture.average import START_SUM, start_as_soon_as_possible
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
@@ -87,14 +87,18 @@ def capture(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], opt
 
 
 def _require_ranks(program: Program, lowered: Lowered) -> None:
-    exchanging = next(
-        (op for op, n in zip(lowered.graph.ops, lowered.nodes, strict=True) if is_collective(n.target)), None
-    )
-    if exchanging is not None and program.process_group is None:
-        raise CaptureError(
-            f"the step exchanges tensors with other processes ({exchanging.name} at {exchanging.source or 'unknown'}): "
-            "pass process_group= to olla.optimize_step, so that all of them follow one plan"
-        )
+    """Raise :class:`CaptureError` if the step exchanges tensors with processes that do not follow the same plan."""
+    for op, node in zip(lowered.graph.ops, lowered.nodes, strict=True):
+        if is_collective(node.target):
+            raise CaptureError(
+                f"the step calls a collective ({op.name}) at {op.source or 'a line unknown'}: "
+                "only gradients can be exchanged, by olla.average_gradients"
+            )
+        if node.target is START_SUM and program.process_group is None:
+            raise CaptureError(
+                "the step averages gradients with other processes: pass process_group= to olla.optimize_step, too, "
+                "so that all of them follow one plan"
+            )
 
 
 def draft(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
 from torch._C._distributed_c10d import ProcessGroup as ProcessGroup
-from torch._C._distributed_c10d import _broadcast_coalesced
+from torch._C._distributed_c10d import _broadcast_coalesced, _resolve_process_group
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -47,7 +47,6 @@ __all__ = [
     "dense_parts",
     "fake_mode",
     "fake_tensor",
-    "finish_sum",
     "flatten",
     "graph_being_traced",
     "has_step_hooks",
@@ -55,14 +54,12 @@ __all__ = [
     "inductor",
     "is_collective",
     "is_distributed",
-    "is_sum",
-    "is_wait",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
+    "process_group",
     "real_tensors",
     "remove_step_hooks",
     "running_autograd_node",
-    "start_sum",
     "storage_key",
     "trace_fake",
     "unflatten",
@@ -149,29 +146,14 @@ def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
-def start_sum(tensor: Tensor, group: ProcessGroup) -> None:
-    """Begin to replace ``tensor`` by its sum over the processes of ``group``: leave it alone until that is finished."""
-    torch.ops._c10d_functional.all_reduce_(tensor, "sum", group.group_name)
-
-
-def finish_sum(tensor: Tensor) -> None:
-    """Wait for what :func:`start_sum` began."""
-    torch.ops._c10d_functional.wait_tensor(tensor)
-
-
-def is_sum(target: object) -> bool:
-    """Whether a traced call of ``target`` is one that :func:`start_sum` made."""
-    return target is torch.ops._c10d_functional.all_reduce_.default
-
-
-def is_wait(target: object) -> bool:
-    """Whether a traced call of ``target`` waits for a collective that fills its argument, and returns that."""
-    return target is torch.ops._c10d_functional.wait_tensor.default
+def process_group(name: str) -> ProcessGroup:
+    """The group of this ``group_name``."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def is_collective(target: object) -> bool:
-    """Whether a traced call of ``target`` starts to communicate with other processes."""
-    return isinstance(target, OpOverload) and target.namespace == "_c10d_functional" and not is_wait(target)
+    """Whether a traced call of ``target`` is a collective of PyTorch's own."""
+    return isinstance(target, OpOverload) and target.namespace.startswith(("c10d", "_c10d"))
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -94,6 +94,10 @@ class GuidesTest(unittest.TestCase):
         self.assertTrue(spilling.recomputed or spilling.spills)
         self.assertLessEqual(names["bound"], names["smallest"])
 
+    def test_distributed(self) -> None:
+        names, _ = self.follow(ROOT / "docs" / "distributed.md")
+        self.assertTrue(any("start_sum" in op.name for op in names["step"]._current.draft.lowered.graph.ops))
+
     def test_troubleshooting(self) -> None:
         _, text = self.follow(ROOT / "docs" / "troubleshooting.md")
         self.assertEqual(text, f"{float(text)}\n")
@@ -111,7 +115,8 @@ class GuidesTest(unittest.TestCase):
         self.assertEqual(olla.schedule(olla.Graph.load("example.json")).order, (0, 1))
 
     def test_every_guide_is_followed(self) -> None:
-        followed = {"README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md"}
+        followed = {"README.md", "training.md", "own_step.md", "distributed.md", "budgets.md"}
+        followed |= {"troubleshooting.md", "graphs.md"}
         self.assertEqual({guide.name for guide in GUIDES}, followed)
 
     def test_links_lead_somewhere(self) -> None:

@@ -6,17 +6,47 @@ which is the same in every plan of the step and on all ranks.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx
 
-from olla.capture.lower import tensors_of
 from olla.capture.program import require_process_group
 from olla.errors import CaptureError
-from olla.torch_private import ProcessGroup, finish_sum, is_sum, start_sum, storage_key
+from olla.torch_private import ProcessGroup, dense_parts, flatten, process_group, storage_key
 
-__all__ = ["average_gradients", "start_as_soon_as_possible"]
+__all__ = ["START_SUM", "average_gradients", "start_as_soon_as_possible"]
+
+_running: dict[int, dist.Work] = {}  # address of a tensor -> what fills it
+
+
+def _start_sum(tensor: Tensor, group_name: str) -> None:
+    work = dist.all_reduce(_unowned(tensor), group=process_group(group_name), async_op=True)
+    assert work is not None
+    _running[tensor.data_ptr()] = work
+
+
+def _finish_sum(tensor: Tensor) -> None:
+    _running.pop(tensor.data_ptr()).wait()
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """A tensor on the same bytes that does not keep them: threads of gloo hold it for a moment after they are done."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor
+    return torch.frombuffer((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), dtype=tensor.dtype)
+
+
+_LIBRARY = torch.library.Library("olla", "FRAGMENT")
+_LIBRARY.define("start_sum(Tensor(a!) tensor, str group_name) -> ()")
+_LIBRARY.define("finish_sum(Tensor(a!) tensor) -> ()")
+for _name, _function in (("start_sum", _start_sum), ("finish_sum", _finish_sum)):
+    _LIBRARY.impl(_name, _function, "CPU")
+    _LIBRARY.impl(_name, _function, "CUDA")
+    _LIBRARY.impl(_name, lambda *_: None, "Meta")
+START_SUM = torch.ops.olla.start_sum.default
 
 
 def average_gradients(parameters: Iterable[Tensor], process_group: ProcessGroup) -> None:
@@ -39,9 +69,9 @@ def average_gradients(parameters: Iterable[Tensor], process_group: ProcessGroup)
     with torch.no_grad():
         for gradient in gradients:
             gradient.mul_(1.0 / process_group.size())
-            start_sum(gradient, process_group)
+            torch.ops.olla.start_sum(gradient, process_group.group_name)
         for gradient in gradients:
-            finish_sum(gradient)
+            torch.ops.olla.finish_sum(gradient)
 
 
 def start_as_soon_as_possible(graph: fx.Graph) -> None:
@@ -51,18 +81,14 @@ def start_as_soon_as_possible(graph: fx.Graph) -> None:
     """
     latest: dict[int, fx.Node] = {}  # storage -> the last call so far that touches it
     for node in list(graph.nodes):
-        scaled = node.args[0] if is_sum(node.target) else None
-        if isinstance(scaled, fx.Node) and scaled.target is torch.ops.aten.mul_.Tensor:
-            gradient = scaled.args[0]
-            assert isinstance(gradient, fx.Node)
-            before = latest[storage_key(gradient.meta["val"])]
+        scaled = node.prev
+        if node.target is START_SUM:
+            before = latest[storage_key(scaled.meta["val"])]
             if before.op == "call_function":
                 before.append(scaled)
                 scaled.append(node)
-        elif not _is_scaling(node):
+        elif node.next.target is not START_SUM:
             for touched in (node, *node.all_input_nodes):
-                latest |= {storage_key(tensor): node for tensor in tensors_of(touched.meta.get("val"))}
-
-
-def _is_scaling(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.mul_.Tensor and any(is_sum(user.target) for user in node.users)
+                leaves, _ = flatten(touched.meta.get("val"))
+                tensors = [part for leaf in leaves if isinstance(leaf, Tensor) for part in dense_parts(leaf)]
+                latest |= {storage_key(tensor): node for tensor in tensors}

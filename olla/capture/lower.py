@@ -14,21 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from olla.capture.average import START_SUM
 from olla.capture.program import Program
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE
 from olla.capture.workspace import spared_bytes, workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
-from olla.torch_private import (
-    OpOverload,
-    dense_parts,
-    flatten,
-    is_collective,
-    is_wait,
-    storage_key,
-    written_arguments,
-)
+from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
 
 __all__ = ["Lowered", "is_random", "lower", "statistics_of", "tensors_of"]
 
@@ -107,12 +100,11 @@ class _Builder:
         if is_random(node):
             writes |= {self._generator()}
             once |= {self._generator()} if _is_replayable(node) else set()
-        if is_collective(node.target):
+        if node.target is START_SUM:
             writes |= {self._sizeless("process group")}
         reads = self.existing(node.all_input_nodes) - writes
-        over = node.args[0] if is_wait(node.target) else self.reused.get(node)
-        if isinstance(over, fx.Node):  # its result was traced on a storage of its own
-            self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(over.meta["val"])]
+        if node in self.reused:  # its result was traced on a storage of its own
+            self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(self.reused[node].meta["val"])]
         wider = node.meta.get("eager")
         creates = [
             self._add_storage(t, node.name, eager=wider) for t in _tensors(node) if storage_key(t) not in self.ids
@@ -211,8 +203,6 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     written: list[fx.Node] = []
     for position, name in written_arguments(node.target):
         written.extend(_nodes(node.args[position] if position < len(node.args) else node.kwargs.get(name)))
-    if is_wait(node.target):
-        written.extend(_nodes(node.args[0]))
     positions, enabled_by = _UNDECLARED_WRITES.get(node.target, ((), None))
     if enabled_by is None or node.args[enabled_by]:
         written.extend(found for position in positions for found in _nodes(node.args[position]))
