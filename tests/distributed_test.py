@@ -300,7 +300,7 @@ class DistributedTest(unittest.TestCase):
             self.assertIn("where rank 0 has '0.weight of torch.float32, shape [8, 8]", found["model"])
             self.assertIn("InfeasibleError: the step does not fit into 1 bytes", found["budget"])
             self.assertIn('rank 1 has another step than rank 0: "arguments [(torch.Size([3, 3, 8, 8])', found["shape"])
-            self.assertIn("rank 1 has another step than rank 0: '0 modules in training'", found["mode"])
+            self.assertIn("modules in training' where rank 0 has '10 modules in training'", found["mode"])
             self.assertTrue(found["unchanged"] and found["kept"])
             self.assertEqual((found["goes on"], found["new shape"]), ([""] * 4, ""))
             self.assertIn("pass its .module, and process_group=", found["wrapped"])
