@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
 from torch._C._distributed_c10d import ProcessGroup as ProcessGroup
-from torch._C._distributed_c10d import _broadcast_coalesced, _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -40,7 +40,6 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "bare_step",
-    "broadcast_coalesced",
     "buffers_of",
     "collective_device",
     "cpu_allocations",
@@ -70,7 +69,6 @@ TreeSpec = _pytree.TreeSpec
 
 # What tracing raises where Python asks for the value of a tensor.
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
-_BROADCAST_BYTES = 1 << 20  # of the copies that are sent at once
 TRACED_VALUE_MESSAGE = "get value out of a tracing tensor"
 
 
@@ -160,11 +158,6 @@ def is_distributed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a ``DTensor``, of which each process has a part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-def broadcast_coalesced(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Fill ``tensors`` with those of the first process of ``group``, a few of them at a time."""
-    _broadcast_coalesced(group, [*tensors], _BROADCAST_BYTES, 0)
 
 
 def collective_device(group: ProcessGroup) -> torch.device:

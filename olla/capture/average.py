@@ -17,13 +17,13 @@ from olla.capture.program import require_process_group
 from olla.errors import CaptureError
 from olla.torch_private import ProcessGroup, dense_parts, flatten, process_group, storage_key
 
-__all__ = ["START_SUM", "average_gradients", "start_as_soon_as_possible"]
+__all__ = ["START_SUM", "average_gradients", "start_as_soon_as_possible", "unowned"]
 
 _running: dict[int, dist.Work] = {}  # address of a tensor -> what fills it
 
 
 def _start_sum(tensor: Tensor, group_name: str) -> None:
-    work = dist.all_reduce(_unowned(tensor), group=process_group(group_name), async_op=True)
+    work = dist.all_reduce(unowned(tensor), group=process_group(group_name), async_op=True)
     assert work is not None
     _running[tensor.data_ptr()] = work
 
@@ -32,7 +32,7 @@ def _finish_sum(tensor: Tensor) -> None:
     _running.pop(tensor.data_ptr()).wait()
 
 
-def _unowned(tensor: Tensor) -> Tensor:
+def unowned(tensor: Tensor) -> Tensor:
     """A tensor on the same bytes that does not keep them: threads of gloo hold it for a moment after they are done."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return tensor

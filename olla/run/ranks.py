@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olla.capture.average import unowned
 from olla.errors import ExecutionError, OllaError
-from olla.torch_private import ProcessGroup, broadcast_coalesced, collective_device
+from olla.torch_private import ProcessGroup, collective_device
 
 __all__ = ["ALONE", "Ranks"]
 
 T = TypeVar("T")
+
+_PACK_BYTES = 1 << 20  # of tensors that are copied together
 
 
 class Ranks:
@@ -75,7 +78,7 @@ class Ranks:
         assert self._group is not None
         mine = torch.tensor(numbers, device=collective_device(self._group))
         found = [torch.empty_like(mine) for _ in range(self._group.size())]
-        dist.all_gather(found, mine, group=self._group)
+        dist.all_gather([*map(unowned, found)], unowned(mine), group=self._group)
         return [tensor.tolist() for tensor in found]
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
@@ -106,10 +109,14 @@ class Ranks:
                 )
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Make these tensors on all ranks those of rank 0."""
-        if not self._is_alone and (found := [tensor.detach() for tensor in tensors]):
-            assert self._group is not None
-            broadcast_coalesced(found, self._group)
+        """Make these tensors on all ranks those of rank 0; small ones travel together."""
+        if self._is_alone:
+            return
+        for pack in _packs(tensor.detach() for tensor in tensors if tensor.numel()):
+            flat = torch.cat([tensor.reshape(-1) for tensor in pack])
+            dist.broadcast(unowned(flat), group=self._group, group_src=0)
+            for tensor, part in zip(pack, flat.split([tensor.numel() for tensor in pack]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def _gathered(self, value: T) -> list[T]:
         assert self._group is not None
@@ -119,6 +126,18 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _packs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype, on one device, as many as are small together."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        pack = alike.setdefault((tensor.dtype, tensor.device), [])
+        if pack and sum(other.nbytes for other in pack) + tensor.nbytes > _PACK_BYTES:
+            yield [*pack]
+            pack.clear()
+        pack.append(tensor)
+    yield from alike.values()
 
 
 def _text(error: Exception) -> str:
