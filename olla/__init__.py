@@ -33,6 +33,7 @@ from olla.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from olla.api import frontier, optimize, optimize_step, plan, to_graph
+    from olla.capture.average import average_gradients
     from olla.measure.measurement import Measurement
     from olla.order.schedule import schedule
     from olla.place.allocate import allocate
@@ -64,6 +65,7 @@ __all__ = [
     "Step",
     "Storage",
     "allocate",
+    "average_gradients",
     "frontier",
     "optimize",
     "optimize_step",
@@ -77,6 +79,7 @@ _LOADED_WHEN_USED = {
     "Measurement": "olla.measure.measurement",
     "Step": "olla.step",
     "allocate": "olla.place.allocate",
+    "average_gradients": "olla.capture.average",
     "frontier": "olla.api",
     "optimize": "olla.api",
     "optimize_step": "olla.api",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from olla.cache import Cache, CacheDir
+from olla.capture.average import average_gradients
 from olla.capture.program import Program
 from olla.capture.updates import needs_closure
 from olla.errors import CaptureError
@@ -21,6 +22,7 @@ from olla.planning import Draft, Options
 from olla.run.spill import SpillDir
 from olla.solve import require
 from olla.step import Step
+from olla.torch_private import ProcessGroup
 
 __all__ = ["draft", "frontier", "optimize", "optimize_step", "plan", "to_graph"]
 
@@ -34,6 +36,7 @@ def optimize(
     loss_fn: Callable[..., Tensor] | None = None,
     targets: Tensor | Sequence[Tensor] | None = None,
     optimizer: Optimizer | None = None,
+    process_group: ProcessGroup | None = None,
     reorder: bool = True,
     place: bool = True,
     memory_budget: Budget | None = None,
@@ -62,6 +65,11 @@ def optimize(
         scalar, else ``output.loss``, else ``output.sum()``.
     optimizer
         A live optimizer. Its hyper-parameters are read whenever the step runs, so schedulers work.
+    process_group
+        Processes (of ``torch.distributed``) that train one model, each on batches of its own, all of the same shapes.
+        Gradients are averaged over them before the update, as by ``DistributedDataParallel``, whose place this takes;
+        and as there, all begin with the parameters and buffers of rank 0, and buffers are those of rank 0 at the
+        beginning of each step. All ranks follow the plan of rank 0, and call this function and the step together.
     reorder
         Whether to search for a better order than program order.
     place
@@ -108,6 +116,8 @@ def optimize(
         If ``cache_dir`` cannot be made, or not be written; nothing was changed.
     CaptureError
         If the step cannot be captured; nothing was changed.
+    ExecutionError
+        If another rank failed, or has another step.
     InfeasibleError
         If the step cannot be run within the budget; the message names the smallest one.
     InvalidBudgetError
@@ -118,7 +128,8 @@ def optimize(
         If ``spill_dir`` is not a directory, not writable, or has no room for what is spilled; nothing was changed.
     """
     options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
-    program = _program(model, loss_fn, targets, optimizer)
+    program = _program(model, loss_fn, targets, optimizer, process_group)
+    _require_shareable(program, options)
     args, kwargs = _arguments(inputs, targets)
     step = Step(
         program,
@@ -135,6 +146,7 @@ def optimize_step(
     *,
     model: nn.Module | Sequence[nn.Module],
     optimizer: Optimizer | Sequence[Optimizer] = (),
+    process_group: ProcessGroup | None = None,
     reorder: bool = True,
     place: bool = True,
     memory_budget: Budget | None = None,
@@ -155,6 +167,9 @@ def optimize_step(
         An example of its arguments: a tuple or list, or a dict of keyword arguments.
     model, optimizer
         All modules whose parameters or buffers it touches, and all optimizers that it steps.
+    process_group
+        As for :func:`optimize`, but the function averages gradients itself, by
+        :func:`olla.average_gradients`.
     reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress
         As for :func:`optimize`.
 
@@ -168,6 +183,8 @@ def optimize_step(
     ------
     CaptureError
         If the step cannot be captured; nothing was changed.
+    ExecutionError
+        If another rank failed, or has another step.
     InfeasibleError, InvalidBudgetError, SolverUnavailableError, SpillError
         As from :func:`optimize`.
     """
@@ -177,7 +194,9 @@ def optimize_step(
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
-    step = Step(Program(function, modules, optimizers), options=options)
+    program = Program(function, modules, optimizers, process_group=process_group)
+    _require_shareable(program, options)
+    step = Step(program, options=options)
     args, kwargs = _arguments(example_args, None)
     step.prepare(*args, **kwargs)
     return step
@@ -306,6 +325,21 @@ def _options(
     return Options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress, cache)
 
 
+def _require_shareable(program: Program, options: Options) -> None:
+    """Raise :class:`CaptureError` for what several processes cannot do together."""
+    if program.process_group is None:
+        return
+    if options.spill_dir is not None:
+        raise CaptureError(
+            "spill_dir with process_group: a step of several processes cannot spill; pass a memory_budget alone"
+        )
+    if any(needs_closure(optimizer) for optimizer in program.optimizers):
+        raise CaptureError(
+            "the optimizer calls the step back as often as its rank finds necessary, and other ranks would wait: "
+            "use one that does not, with process_group"
+        )
+
+
 def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     named = {} if targets is None else {"targets": targets}
     if isinstance(inputs, Tensor):
@@ -319,11 +353,19 @@ def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str,
     )
 
 
-def _program(model: nn.Module, loss_fn: Any, targets: Any, optimizer: Optimizer | None) -> Program:
+def _program(
+    model: nn.Module,
+    loss_fn: Any,
+    targets: Any,
+    optimizer: Optimizer | None,
+    process_group: ProcessGroup | None = None,
+) -> Program:
     if targets is not None and loss_fn is None:
         raise CaptureError("targets without a loss_fn: pass the function that compares them with the output")
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    if process_group is not None and optimizer is None:
+        raise CaptureError("process_group without an optimizer: gradients are averaged for its update, so pass it too")
     training = model.training or loss_fn is not None or optimizer is not None
     modules = {"model": model}
     if isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.modules()):
@@ -338,12 +380,16 @@ def _program(model: nn.Module, loss_fn: Any, targets: Any, optimizer: Optimizer 
             optimizer.zero_grad(set_to_none=True)
         loss = _loss(model(*args, **kwargs), loss_fn, targets)
         loss.backward()
+        if process_group is not None:
+            average_gradients((p for module in modules.values() for p in module.parameters()), process_group)
         if optimizer is not None and not needs_closure(optimizer):
             optimizer.step()
         return loss
 
     optimizers = () if optimizer is None else (optimizer,)
-    return Program(train if training else infer, modules, optimizers, inference=not training)
+    return Program(
+        train if training else infer, modules, optimizers, inference=not training, process_group=process_group
+    )
 
 
 def _loss(output: Any, loss_fn: Callable[..., Any] | None, targets: Any) -> Tensor:

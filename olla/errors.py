@@ -80,6 +80,10 @@ class InfeasibleError(OllaError):
         self.lower_bound_bytes = lower_bound_bytes
         self.best_bytes = best_bytes
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """For pickle: it would pass the message alone."""
+        return type(self), (*self.args, self.lower_bound_bytes, self.best_bytes)
+
 
 class OutOfMemoryError(OllaError):
     """A modelled allocator has no room for a request; the message says what it holds. A device was not asked."""

@@ -22,7 +22,7 @@ from olla.errors import ExecutionError, OllaError
 from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
 from olla.run.arena import Arena, Clock, Counts, Recorder, Replay
 from olla.run.emit import Tell, Watch, emit
-from olla.run.native import NativeUnavailableError
+from olla.run.ranks import ALONE, Ranks
 from olla.run.recording import Recording
 from olla.run.runner import Runner
 from olla.run.spill import Spiller, SpillSpace
@@ -42,7 +42,7 @@ class Execution:
     """One captured and planned step, and how far it has got with its addresses.
 
     It shares the ``arena``, and the ``space`` to spill to, with other executions of one owner, which run one after
-    the other.
+    the other; and its order with other ``ranks``.
 
     Raises
     ------
@@ -50,7 +50,9 @@ class Execution:
         If what the plan spills has no room there.
     """
 
-    def __init__(self, program: Program, draft: Draft, options: Options, arena: Arena, space: SpillSpace) -> None:
+    def __init__(
+        self, program: Program, draft: Draft, options: Options, arena: Arena, space: SpillSpace, ranks: Ranks = ALONE
+    ) -> None:
         self.runner = Runner(program, draft.traced)
         self.not_executed = "" if options.place else "place=False"  # why addresses are not executed
         self.arena = arena
@@ -58,6 +60,7 @@ class Execution:
         self._optimizers = program.optimizers
         self._options = options
         self._space = space
+        self._ranks = ranks
         self._clock = Clock()
         self._outside: list[int] = []  # sizes of what the step allocates outside of its arena
         self._warm: tuple[int, ...] | None = None
@@ -87,18 +90,27 @@ class Execution:
         """What the step allocates outside of its arena, because it outlives the step."""
         return sum(self._outside)
 
-    def run(self, leaves: Sequence[Any]) -> Any:
-        """Run the step on the leaves of its arguments."""
+    @property
+    def is_warm(self) -> bool:
+        """Whether the next run finds what it would else allocate for others to find: optimizer state, say."""
+        return self._warm is not None and self._warm == _state_of(self._optimizers)
+
+    @property
+    def records(self) -> bool:
+        """Whether the next run will be recorded."""
+        return not self.settled and self.is_warm
+
+    def run(self, leaves: Sequence[Any], *, alone: bool) -> Any:
+        """Run the step on the leaves of its arguments; ``alone``: if it is recorded, then not on all ranks."""
         if self.not_executed:
             return self.run_anywhere(leaves)
-        if self._warm is None or self._warm != _state_of(self._optimizers):
-            # It will allocate what other steps find: optimizer state, say.
+        if not self.is_warm:
             result = self.run_anywhere(leaves)
             self._warm = _state_of(self._optimizers)
             return result
         replay = self.replay
         if replay is None:
-            return self._record(leaves)
+            return self._record(leaves, ALONE if alone else self._ranks)
         with self.spiller:
             result = self.runner.run(leaves, self.code, replay)
         self._judge(replay.counts)
@@ -109,11 +121,11 @@ class Execution:
         with self.spiller:
             return self.runner.run(leaves, self.code)
 
-    def _record(self, leaves: Sequence[Any]) -> Any:
+    def _record(self, leaves: Sequence[Any], ranks: Ranks) -> Any:
         try:
             with stage("preparing the arena", self._options.progress):
-                library = self.arena.library
-        except NativeUnavailableError as error:
+                library = ranks.together(lambda: self.arena.library)
+        except OllaError as error:
             self._give_up(str(error))
             return self.run_anywhere(leaves)
         seen: dict[tuple[int, int], int] = {}
@@ -140,17 +152,21 @@ class Execution:
             seconds = tuple(map(min, seconds, self.draft.seconds))  # others may have used the machine, too
         self.draft, self._is_timed = replace(self.draft, seconds=seconds), True
         try:
-            self._learn(Recording.of(recorder.events, seen))
+            self._learn(ranks.together(lambda: self._recording(recorder, seen)), ranks)
         except OllaError as error:  # never the end of somebody's training
             self._give_up(str(error))
         return result
 
-    def _learn(self, recording: Recording) -> None:
-        """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
+    def _recording(self, recorder: Recorder, seen: dict[tuple[int, int], int]) -> Recording:
+        recording = Recording.of(recorder.events, seen)
         if not recording.allocations and self.draft.plan.peak_bytes:
             raise ExecutionError("another allocator was installed, which is asked instead")
-        reorder = self._reorderings < _REORDERINGS
-        draft = with_workspaces(self.draft, recording, self._options, reorder=reorder)
+        return recording
+
+    def _learn(self, recording: Recording, ranks: Ranks) -> None:
+        """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
+        reorder = ranks is self._ranks and self._reorderings < _REORDERINGS
+        draft = with_workspaces(self.draft, recording, self._options, reorder=reorder, ranks=ranks)
         spiller = self._spiller_of(draft)
         if draft.plan.order != self.draft.plan.order or spiller.transfers != self.spiller.transfers:
             self._reorderings += 1

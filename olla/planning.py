@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from olla.cache import Cache, digest
+from olla.capture.average import START_SUM, start_as_soon_as_possible
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
 from olla.capture.reuse import reuse
 from olla.capture.rewrite.weight_gradient import compute_whole, is_sliced
 from olla.capture.trace import Trace, trace
-from olla.errors import InfeasibleError, InvalidPlanError
+from olla.errors import CaptureError, InfeasibleError, InvalidPlanError
 from olla.fit.budget import Budget, bytes_of
 from olla.fit.fitting import fitted
 from olla.fit.frontier import Frontier, frontier
@@ -28,9 +29,11 @@ from olla.graph.plan import Addresses, Placement, Plan, Schedule, Workspace
 from olla.ilp.improve import improved_order, improved_placement, improved_plan
 from olla.order.schedule import program_order, schedule
 from olla.place.place import ALIGNMENT, Interval, pack, place
+from olla.run.ranks import ALONE, Ranks
 from olla.run.recording import Recording
 from olla.run.spill import HOST, SpillDir, measured_bandwidth
 from olla.show.progress import stage
+from olla.torch_private import is_collective
 
 __all__ = [
     "Draft",
@@ -81,22 +84,57 @@ def capture(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], opt
     """The step for these arguments as a graph, not planned."""
     with stage("capturing the step", options.progress):
         traced = trace(program, args, kwargs)
+        start_as_soon_as_possible(traced.module.graph)
         lowered = lower(program, traced)
+        _require_ranks(program, lowered)
         return traced, lower(program, traced, reuse(lowered))
 
 
-def draft(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Draft:
-    """The step for these arguments with a plan of its order."""
+def _require_ranks(program: Program, lowered: Lowered) -> None:
+    """Raise :class:`CaptureError` if the step exchanges tensors with processes that do not follow the same plan."""
+    for op, node in zip(lowered.graph.ops, lowered.nodes, strict=True):
+        if is_collective(node.target):
+            raise CaptureError(
+                f"the step calls a collective ({op.name}) at {op.source or 'a line unknown'}: "
+                "only gradients can be exchanged, by olla.average_gradients"
+            )
+        if node.target is START_SUM and program.process_group is None:
+            raise CaptureError(
+                "the step averages gradients with other processes: pass process_group= to olla.optimize_step, too, "
+                "so that all of them follow one plan"
+            )
+
+
+def draft(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, ranks: Ranks = ALONE
+) -> Draft:
+    """The step for these arguments with a plan of its order, that of rank 0."""
     started = time.perf_counter()
-    traced, lowered = capture(program, args, kwargs, options)
+    traced, lowered = ranks.together(lambda: capture(program, args, kwargs, options))
     capture_seconds = time.perf_counter() - started
+    ranks.require_same(_described(program, traced, lowered.graph))
     seconds = estimated_seconds(lowered)
     graph = lowered.graph
-    found = _planned(graph, seconds, options, "order", lambda: Plan.of(graph, _ordered(graph, seconds, options)))
+    found = ranks.from_first(
+        lambda: _planned(graph, seconds, options, "order", lambda: Plan.of(graph, _ordered(graph, seconds, options)))
+    )
     lowered = _with_whole_gradients(lowered, found)
     plan = Plan.of(lowered.graph, found.schedule)
     verify(lowered.graph, plan)
     return Draft(traced, lowered, plan, seconds, capture_seconds)
+
+
+def _described(program: Program, traced: Trace, graph: Graph) -> list[str]:
+    """What the plan and the tensors that are exchanged depend on, a line for each input and operator."""
+    names = iter([f"{program.display_name(name)}" for name in program.state])
+    lines = []
+    for node in traced.module.graph.find_nodes(op="placeholder"):
+        tensor = node.meta["val"]
+        lines.append(
+            f"{next(names, 'an input')} of {tensor.dtype}, shape {[*tensor.shape]}, strides {[*tensor.stride()]}"
+        )
+    lines += [f"operator {index}, {op.name}" for index, op in enumerate(graph.ops)]
+    return [*lines, f"a graph with digest {graph.digest}"]
 
 
 def _with_whole_gradients(lowered: Lowered, found: Plan) -> Lowered:
@@ -121,13 +159,23 @@ def with_estimated_addresses(drafted: Draft, options: Options) -> Draft:
     return replace(drafted, plan=plan)
 
 
-def with_workspaces(drafted: Draft, recording: Recording, options: Options, *, reorder: bool) -> Draft:
-    """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed."""
-    plan, seconds = drafted.plan, drafted.seconds
+def with_workspaces(
+    drafted: Draft, recording: Recording, options: Options, *, reorder: bool, ranks: Ranks = ALONE
+) -> Draft:
+    """The draft with the bytes that its ops really allocate, in another order if that is better, and allowed.
+
+    With other ``ranks``, all take the order of rank 0, made for the most bytes and seconds that each op takes on any.
+    """
+    plan = drafted.plan
     graph = _measured(drafted.lowered.graph, plan, recording)
+    shared, seconds = _slowest(graph, drafted.seconds, ranks)
     what = "order after recording" if reorder else "bound after recording"
-    plan = _planned(graph, seconds, options, what, lambda: _again(graph, plan, seconds, options, reorder), plan)
-    return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan)
+    found = ranks.from_first(
+        lambda: _planned(shared, seconds, options, what, lambda: _again(shared, plan, seconds, options, reorder), plan)
+    )
+    plan = Plan.of(graph, _here(graph, shared, found.schedule))
+    verify(graph, plan)
+    return replace(drafted, lowered=replace(drafted.lowered, graph=graph), plan=plan, seconds=seconds)
 
 
 def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options, reorder: bool) -> Plan:
@@ -152,6 +200,21 @@ def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options,
     if options.solver and options.place and reorder:
         plan = _placed(graph, plan, options).at(None)  # perhaps another order has a smaller arena
     return plan
+
+
+def _here(graph: Graph, shared: Graph, found: Schedule) -> Schedule:
+    """A schedule of the ``shared`` graph as one of ``graph``, whose ops are the same but for smaller workspaces."""
+    smaller = max((a.workspace - b.workspace for a, b in zip(shared.ops, graph.ops, strict=True)), default=0)
+    peak = peak_bytes(graph, found.order, found.spills)
+    return replace(found, peak_bytes=peak, lower_bound_bytes=max(0, min(peak, found.lower_bound_bytes - smaller)))
+
+
+def _slowest(graph: Graph, seconds: Sequence[float], ranks: Ranks) -> tuple[Graph, tuple[float, ...]]:
+    """The graph with the largest workspaces of all ranks, and the longest times."""
+    count = len(graph.ops)
+    found = ranks.largest([*(op.workspace for op in graph.ops), *seconds])
+    ops = tuple(replace(op, workspace=int(most)) for op, most in zip(graph.ops, found[:count], strict=True))
+    return replace(graph, ops=ops), tuple(found[count:])
 
 
 def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[float], options: Options) -> bool:

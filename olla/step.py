@@ -26,6 +26,7 @@ from olla.measure.measurement import Measurement, measure
 from olla.measure.profile import MemoryProfile, profile
 from olla.planning import Draft, Options, capture, draft, trade, with_estimated_addresses
 from olla.run.arena import Arena
+from olla.run.ranks import ALONE, Ranks
 from olla.run.spill import SpillSpace, require_spill_dir
 from olla.show.formats import Drawing, draw
 from olla.show.report import Report
@@ -42,6 +43,7 @@ _MOST_PLANS = 16
 
 @dataclass(frozen=True)
 class _Planned:
+    number: int  # of the plans of one step, in the order in which they were made: on all ranks the same
     signature: Signature
     execution: Execution
 
@@ -69,7 +71,9 @@ class Step:
         self._program = program
         self._options = options
         self._closure_of = closure_of  # an optimizer that calls the planned step back, such as LBFGS
+        self._ranks = Ranks(program.process_group) if program.process_group is not None else ALONE
         self._planned: list[_Planned] = []  # the one used last comes last
+        self._plan_count = 0  # that were ever made
         self._measurement: Measurement | None = None
         self._arena = Arena(torch.device("cpu"))  # until the device is known
         self._space = SpillSpace(options.spill_dir)
@@ -114,7 +118,8 @@ class Step:
         ------
         ExecutionError
             If the model was edited after planning, an input is on another device than planned,
-            the step is running already (in another thread, or inside itself), or it was closed.
+            the step is running already (in another thread, or inside itself), it was closed, or other ranks
+            run another step.
         CaptureError
             If the arguments have a new signature and the step cannot be captured with them.
         """
@@ -127,11 +132,12 @@ class Step:
         if self._closed:
             raise ExecutionError("this step was closed: call olla.optimize again")
         self._program.require_unedited()
-        execution = self._plan_for(args, kwargs)
+        execution, alone = self._plan_for(args, kwargs)
         leaves, _ = flatten((args, kwargs))
+        self._ranks.broadcast(self._program.buffers.values())
         if self._closure_of is None:
-            return execution.run(leaves)
-        return self._closure_of.step(lambda: execution.run(leaves))
+            return execution.run(leaves, alone=alone)
+        return self._closure_of.step(lambda: execution.run(leaves, alone=alone))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Plan for these arguments without running, so that the first call need not.
@@ -159,7 +165,7 @@ class Step:
         with self._undone() as again:
             for _ in range(_RUNS_TO_SETTLE):
                 again(self, args, kwargs)()
-                if self._current.settled:
+                if all(settled for (settled,) in self._ranks.exchange(self._current.settled)):
                     break
             execution = self._current
             self._measurement = measure(
@@ -185,7 +191,7 @@ class Step:
         """
 
         def planned(*args: Any, **kwargs: Any) -> None:
-            self._plan_for(args, kwargs).run_anywhere(flatten((args, kwargs))[0])
+            self._plan_for(args, kwargs)[0].run_anywhere(flatten((args, kwargs))[0])
 
         with self._undone() as again:
             profiles = []
@@ -255,26 +261,43 @@ class Step:
         draft = self._current.draft
         draw(draft.lowered.graph, draft.plan, path, what, seconds=draft.seconds)
 
-    def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
+    def _plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Execution, bool]:
+        """The planned step for these arguments, and whether not all ranks will record its next run."""
         latest = self._planned[-1].signature if self._planned else None
         signature = Signature.of(self._program, args, kwargs, like=latest)
+        found = self._find(signature)
+        plans = self._ranks.exchange(*((found.number, found.execution.records) if found else (-1, False)))
+        if any(number != plans[0][0] for number, _ in plans):
+            # Each would wait for what the others do not send. The lines say why; the last one always differs.
+            modes = sum(part.training for part in self._program.parts)
+            tensors = [leaf[1:4:2] if type(leaf) is tuple else leaf for leaf in signature.leaves]
+            number = found.number if found else "to be made"
+            self._ranks.require_same([f"arguments {tensors}", f"{modes} modules in training", f"plan {number}"])
+        if found is None:
+            if latest is not None:
+                self._require_same_devices(signature, latest)
+                log.warning("planning again for %s", signature.difference(latest))
+            drafted = self._draft(args, kwargs)
+            signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
+            if latest is None:
+                self._arena = Arena(self._device(args, kwargs))
+                self._ranks.broadcast(self._program.state.values())
+            execution = Execution(self._program, drafted, self._options, self._arena, self._space, self._ranks)
+            found = _Planned(self._plan_count, signature, execution)
+            self._plan_count += 1
+            self._planned.append(found)
+            if len(self._planned) > _MOST_PLANS:
+                self._forget_oldest()
+        return found.execution, not all(records for _, records in plans)
+
+    def _find(self, signature: Signature) -> _Planned | None:
+        """What is planned for calls of this signature with the gradients that are there: now the one used last."""
         for position in reversed(range(len(self._planned))):
             planned = self._planned[position]
             if planned.signature == signature and planned.execution.runner.fits_gradients():
                 self._planned.append(self._planned.pop(position))
-                return planned.execution
-        if latest is not None:
-            self._require_same_devices(signature, latest)
-            log.warning("planning again for %s", signature.difference(latest))
-        drafted = self._draft(args, kwargs)
-        signature = Signature.of(self._program, args, kwargs)  # now it is known what the step itself changes
-        if latest is None:
-            self._arena = Arena(self._device(args, kwargs))
-        execution = Execution(self._program, drafted, self._options, self._arena, self._space)
-        self._planned.append(_Planned(signature, execution))
-        if len(self._planned) > _MOST_PLANS:
-            self._forget_oldest()
-        return execution
+                return planned
+        return None
 
     def _forget_oldest(self) -> None:
         log.warning("more than %d plans: the least recently used one is dropped; pad to a few shapes", _MOST_PLANS)
@@ -284,7 +307,7 @@ class Step:
 
     def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draft:
         self._require_spill_dir(args, kwargs)
-        return draft(self._program, args, kwargs, self._options)
+        return draft(self._program, args, kwargs, self._options, self._ranks)
 
     def _require_spill_dir(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._options.spill_dir is not None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
+from torch._C._distributed_c10d import ProcessGroup as ProcessGroup
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -25,6 +27,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _BoxedCodeGen
@@ -38,12 +41,14 @@ __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "FakeTensor",
     "OpOverload",
+    "ProcessGroup",
     "TorchDispatchMode",
     "TreeSpec",
     "aot_backend",
     "bare_step",
     "boxed",
     "buffers_of",
+    "collective_device",
     "cpu_allocations",
     "dense_parts",
     "fake_mode",
@@ -54,10 +59,13 @@ __all__ = [
     "has_step_hooks",
     "identity",
     "inductor",
+    "is_collective",
+    "is_distributed",
     "is_tangent",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
     "min_cut",
+    "process_group",
     "real_tensors",
     "remove_step_hooks",
     "running_autograd_node",
@@ -173,6 +181,27 @@ def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
     """Position and name of each argument that ``operator`` declares to change in place."""
     arguments = enumerate(operator._schema.arguments)
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The group of this ``group_name``."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def is_collective(target: object) -> bool:
+    """Whether a traced call of ``target`` is a collective of PyTorch's own."""
+    return isinstance(target, OpOverload) and target.namespace.startswith(("c10d", "_c10d"))
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def collective_device(group: ProcessGroup) -> torch.device:
+    """Where tensors must be that ``group`` sends."""
+    return torch.device(_get_object_coll_device(group))
 
 
 def identity(module: nn.Module) -> list[int]:

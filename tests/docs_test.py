@@ -159,6 +159,10 @@ class GuidesTest(unittest.TestCase):
         self.assertTrue(spilling.recomputed or spilling.spills)
         self.assertLessEqual(names["bound"], names["smallest"])
 
+    def test_distributed(self) -> None:
+        names, _ = self.follow(ROOT / "docs" / "distributed.md")
+        self.assertTrue(any("start_sum" in op.name for op in names["step"]._current.draft.lowered.graph.ops))
+
     def test_troubleshooting(self) -> None:
         _, text = self.follow(ROOT / "docs" / "troubleshooting.md")
         self.assertEqual(text, f"{float(text)}\n")
@@ -265,6 +269,7 @@ class GuidesTest(unittest.TestCase):
         followed = {
             "README.md", "training.md", "own_step.md", "budgets.md", "troubleshooting.md", "graphs.md", "cuda.md",
             "solvers.md", "how_it_works.md", "command_line.md", "trainer.md", "compile.md",
+            "distributed.md",
         }  # fmt: skip
         self.assertEqual({guide.name for guide in GUIDES} - {"reference.md", "results.md"}, followed)
         listed = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text())}

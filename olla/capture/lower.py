@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from olla.capture.average import START_SUM
 from olla.capture.program import Program
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
@@ -76,7 +77,7 @@ class _Builder:
     views: dict[fx.Node, set[int]] = field(default_factory=dict)
     results: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     optimizer_state: dict[tuple[int, int], int] = field(default_factory=dict)  # optimizer, parameter -> our id
-    generator: int | None = None
+    sizeless: dict[str, int] = field(default_factory=dict)  # state without bytes -> our id
 
     def lowered(self, module: fx.GraphModule, names: Sequence[str] = ()) -> Lowered:
         """The whole graph; ``names`` of its first inputs are for people."""
@@ -117,6 +118,8 @@ class _Builder:
         if is_random(node):
             writes |= {self._generator()}
             once |= {self._generator()} if _is_replayable(node) else set()
+        if node.target is START_SUM:
+            writes |= {self._sizeless("process group")}
         reads = self.existing(node.all_input_nodes) - writes
         reads -= {s for s in self.existing(_replaced(node)) if self.storages[s].persistent}
         if node in self.reused:  # its result was traced on a storage of its own
@@ -187,10 +190,13 @@ class _Builder:
         return self.ids[key]
 
     def _generator(self) -> int:
-        if self.generator is None:
-            self.generator = len(self.storages)
-            self.storages.append(Storage("random generator", 0, persistent=True))
-        return self.generator
+        return self._sizeless("random generator")
+
+    def _sizeless(self, name: str) -> int:
+        if name not in self.sizeless:
+            self.sizeless[name] = len(self.storages)
+            self.storages.append(Storage(name, 0, persistent=True))
+        return self.sizeless[name]
 
 
 def tensors_of(value: object) -> list[Tensor]:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from olla.errors import CaptureError, ExecutionError
-from olla.torch_private import buffers_of, identity
+from olla.torch_private import ProcessGroup, buffers_of, identity, is_distributed
 
-__all__ = ["Program"]
+__all__ = ["Program", "require_process_group"]
 
 _WRAPPERS = {
     "OptimizedModule": "it was compiled by torch.compile: pass the module you gave to torch.compile",
     "DataParallel": "pass its .module",
-    "DistributedDataParallel": "pass its .module",
+    "DistributedDataParallel": "pass its .module, and process_group= to average its gradients",
     "FullyShardedDataParallel": "pass the module before sharding",
 }
 
@@ -43,13 +43,15 @@ class Program:
     Raises
     ------
     CaptureError
-        If a module is compiled or wrapped, or an optimizer holds parameters of none of the modules.
+        If a module is compiled, wrapped or sharded, an optimizer holds parameters of none of the modules, or
+        this process does not belong to ``process_group``.
     """
 
     function: Callable[..., Any]
     modules: Mapping[str, nn.Module]
     optimizers: tuple[Optimizer, ...] = ()
     inference: bool = False  # whether ``function`` disables gradients
+    process_group: ProcessGroup | None = None  # with which it exchanges tensors
     container: Container = field(init=False)
     parameters: dict[str, Tensor] = field(init=False)  # tied ones once
     parts: tuple[nn.Module, ...] = field(init=False, repr=False)  # all modules and their submodules
@@ -57,6 +59,8 @@ class Program:
     own_attributes: set[tuple[int, str]] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
+        if self.process_group is not None:
+            require_process_group(self.process_group)
         for module in self.modules.values():
             _require_plain(module)
         container = Container(self.modules)
@@ -73,7 +77,12 @@ class Program:
     @property
     def state(self) -> dict[str, Tensor]:
         """The live parameters, then the live buffers (a model may replace its buffers at any time)."""
-        return {**self.parameters, **{name: owner[key] for name, (owner, key) in self._places.items()}}
+        return {**self.parameters, **self.buffers}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The live buffers."""
+        return {name: owner[key] for name, (owner, key) in self._places.items()}
 
     def set_buffer(self, name: str, value: Tensor) -> None:
         """Make ``value`` the buffer of that name."""
@@ -121,6 +130,23 @@ def _require_plain(module: nn.Module) -> None:
         if advice is not None:
             where = f"submodule {name!r}" if name else "the model"
             raise CaptureError(f"{where} is wrapped in {type(part).__name__}: {advice}")
+
+    for name, tensor in module.named_parameters():
+        if is_distributed(tensor):
+            raise CaptureError(
+                f"parameter {name!r} is a DTensor, of which each process has a part only (fully_shard, tensor "
+                "parallelism): its collectives cannot be planned. Pass the model before sharding, with process_group= "
+                "to average its gradients"
+            )
+
+
+def require_process_group(group: object) -> None:
+    """Raise :class:`CaptureError` unless ``group`` is one that this process belongs to."""
+    if not isinstance(group, ProcessGroup):
+        raise CaptureError(
+            f"the process group is {group!r}: call torch.distributed.init_process_group on every rank and pass "
+            "torch.distributed.group.WORLD, or what new_group returns to its members"
+        )
 
 
 def _require_own_parameters(program: Program) -> None:

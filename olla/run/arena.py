@@ -126,7 +126,7 @@ class Arena:
         return int(self.library.olla_arena_base(self.handle))
 
     def reserve(self, arena_bytes: int) -> None:
-        """See to it that there is so much memory, in whole units of ``alignment``.
+        """See to it that there is so much memory; on CUDA in whole units, as the caching allocator counts it.
 
         Raises
         ------
@@ -135,7 +135,8 @@ class Arena:
         """
         if self._handle and arena_bytes <= self.arena_bytes:
             return
-        arena_bytes = -(-arena_bytes // self.alignment) * self.alignment
+        if self.device.type == "cuda":
+            arena_bytes = -(-arena_bytes // self.alignment) * self.alignment
         self.close()
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._handle = self.library.olla_new_arena(arena_bytes)
