@@ -139,8 +139,8 @@ class Report:
             moved = format_bytes(self.spilled_bytes)
             yield "spilled", f"{len(plan.spills):,} storages, {moved} away and back"
         if plan.recomputed or plan.spills:
-            least = plan.extra_seconds_lower_bound
-            yield "extra time", f"{plan.extra_seconds:.4f} s expected, {least:.4f} s at least"
+            least = plan.extra_seconds_lower_bound  # 0: not known
+            yield "extra time", f"{plan.extra_seconds:.4f} s expected" + (f", {least:.4f} s at least" if least else "")
 
     @property
     def _proof(self) -> str:
