@@ -48,13 +48,17 @@ class Runner:
         for parameter in self._cleared:
             parameter.grad = None
         # Nothing here requires a gradient. The mode still matters: some kernels ask for it.
-        with torch.set_grad_enabled(not self._program.inference), _without_autocast(), session or nullcontext():
-            try:
+        mode = torch.is_grad_enabled()
+        try:
+            torch.set_grad_enabled(not self._program.inference)
+            with _without_autocast(), session or nullcontext():
                 outputs = list(code(*state, *gradients, *inputs))
-            except BaseException:
-                for parameter, gradient in zip(self._gradients_in, gradients, strict=True):
-                    parameter.grad = gradient
-                raise
+        except BaseException:
+            for parameter, gradient in zip(self._gradients_in, gradients, strict=True):
+                parameter.grad = gradient
+            raise
+        finally:
+            torch.set_grad_enabled(mode)
         for optimizer in self._to_finish:
             finish_step(optimizer)
         first_gradient = len(outputs) - len(self._gradients_out)
