@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from olla.backend.split import split
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
-from olla.errors import CaptureError, InfeasibleError, InvalidOptionError
-from olla.fit.fitting import fitted
+from olla.errors import CaptureError, InvalidOptionError
 from olla.graph.check import verify
 from olla.graph.lifetimes import peak_bytes
 from olla.graph.plan import Plan, Schedule
@@ -25,9 +23,8 @@ from olla.torch_private import aot_backend, boxed, flatten, min_cut
 
 __all__ = ["olla"]
 
-log = logging.getLogger(__name__)
-
 _KNOWN = ("memory_budget", "time_limit")
+_CLOSE = 0.01  # of a peak: workspaces are estimates, so what saves less may save nothing
 
 
 def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
@@ -93,18 +90,13 @@ class _Planner:
         return boxed(emit(module, lowered, found.order))
 
     def _planned(self, joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
-        """Within the budget; without one, at most the peak of PyTorch's own partition, which computes again, too."""
+        """Within the budget; without one, as PyTorch divides it, which computes again, too, unless there is better."""
         graph, seconds = joint.lowered.graph, estimated_seconds(joint.lowered)
         found = closest(graph, seconds, self._options)
         if self._options.memory_budget is not None:
             return found
         theirs = _schedule_of(joint, parts)
-        if found.peak_bytes <= theirs.peak_bytes:
-            return found
-        try:
-            return fitted(graph, found, seconds, theirs.peak_bytes, time_limit=self._options.time_limit)
-        except InfeasibleError:
-            return theirs
+        return found if found.peak_bytes < (1 - _CLOSE) * theirs.peak_bytes else theirs
 
 
 def _require_fixed_sizes(module: fx.GraphModule) -> None:
