@@ -115,7 +115,9 @@ def _require_fixed_sizes(module: fx.GraphModule) -> None:
 def _schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
     """The order in which forward and backward run as PyTorch has divided them."""
     index = {node.name: op for op, node in enumerate(joint.lowered.nodes)}
-    forward, backward = ([index[n.name] for n in part.graph.nodes if n.name in index] for part in parts)
+    # What forward saves stands in backward under its name, too, as a placeholder.
+    calls = ([node.name for node in part.graph.nodes if node.op == "call_function"] for part in parts)
+    forward, backward = ([index[name] for name in names if name in index] for names in calls)
     order = (*forward, joint.boundary, *backward)
     peak = peak_bytes(joint.lowered.graph, order)
     return Schedule(order, peak, 0, "min-cut partition", 0.0)

@@ -108,7 +108,7 @@ def _forward_of(graph: fx.Graph, outputs: Sequence[object], tangents: Sequence[f
         missing = [node for node in pending.pop().all_input_nodes if node not in needed]
         needed.update(missing)
         pending.extend(missing)
-    return {node for node in needed if node.op == "call_function"}
+    return {node for node in needed if node.op in ("call_function", "get_attr")}
 
 
 def _readers(node: fx.Node) -> set[fx.Node]:
