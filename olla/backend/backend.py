@@ -108,7 +108,7 @@ def _require_fixed_sizes(module: fx.GraphModule) -> None:
         if any(isinstance(size, SymInt) for size in sizes):
             raise CaptureError(
                 f"the size of {node.name!r} depends on values of tensors, and a plan is for fixed sizes: let "
-                "torch.compile break the graph there, as it does by default (torch._dynamo.config.capture_*)"
+                "torch.compile break the graph there, as it does by default"
             )
 
 
