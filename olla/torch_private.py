@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
+    "FUNCTIONAL_BATCH_NORM",
     "FakeTensor",
     "OpOverload",
     "ProcessGroup",
@@ -79,6 +80,7 @@ TreeSpec = _pytree.TreeSpec
 
 # What tracing raises where Python asks for the value of a tensor.
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+FUNCTIONAL_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default  # of what AOTAutograd traces
 TRACED_VALUE_MESSAGE = "get value out of a tracing tensor"
 
 

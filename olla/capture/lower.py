@@ -21,7 +21,14 @@ from olla.capture.trial import footprint
 from olla.capture.updates import UPDATE, Update
 from olla.capture.workspace import spared_bytes, workspace_bytes
 from olla.graph.graph import Graph, Op, Storage
-from olla.torch_private import OpOverload, dense_parts, flatten, storage_key, written_arguments
+from olla.torch_private import (
+    FUNCTIONAL_BATCH_NORM,
+    OpOverload,
+    dense_parts,
+    flatten,
+    storage_key,
+    written_arguments,
+)
 
 __all__ = ["Lowered", "is_random", "lower", "lower_module", "statistics_of", "tensors_of", "writes_of"]
 
@@ -35,9 +42,7 @@ _UNDECLARED_WRITES: Mapping[object, tuple[tuple[int, ...], int | None]] = {
 
 # Where functional batch norms take statistics that are replaced later on, and the argument that says that they are
 # in training: then what they return does not depend on these, but for the next ones.
-_REPLACED: Mapping[object, tuple[tuple[int, ...], int]] = {
-    torch.ops.aten._native_batch_norm_legit_functional.default: ((3, 4), 5)
-}
+_REPLACED: Mapping[object, tuple[tuple[int, ...], int]] = {FUNCTIONAL_BATCH_NORM: ((3, 4), 5)}
 
 
 @dataclass(frozen=True)
