@@ -154,6 +154,7 @@ class Models(CompiledTestCase):
         self.assert_training_same(model, lambda net: segmentation_loss(net(images), classes), backend="aot_eager")
         self.assert_inference_same(model, lambda net: net(images), reference="aot_eager")
 
+    @slow
     def test_vision_transformer(self) -> None:
         model = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 128, dropout=0.1, num_classes=CLASSES)
         images, classes = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import random
 import unittest
 from itertools import combinations, count
@@ -18,7 +19,7 @@ from olla.place.place import place
 from olla.solve import available
 
 SOLVERS = available()
-GRAPHS = 200  # for each solver
+GRAPHS = 200 if os.environ.get("RUN_SKIPPED") else 80  # for each solver
 _NANOSECOND = 1e-9
 
 
@@ -111,7 +112,7 @@ class FitTest(unittest.TestCase):
                     solver=solver, graph=graph, budget=budget, times=times, repeats=repeats, per=per_byte
                 ):
                     self.compare(graph, budget, times, repeats, per_byte, solver, expected)
-        self.assertGreater(min(seen.values()), 5, seen)
+        self.assertGreater(min(seen.values()), GRAPHS // 40, seen)
 
     def tight(self, draw: random.Random, ops: int) -> tuple[Graph, int]:
         """A graph, and a budget that no op exceeds alone, but the best order does."""
