@@ -1,7 +1,7 @@
 """The paper's table, executed: what OLLA does to the peak memory of real models.
 
     python benchmarks.py                              all models x batch 1 and 32 x train and eval, as in the paper
-    python benchmarks.py --quick                      five models, a minute or two
+    python benchmarks.py --quick                      five models, three minutes
     python benchmarks.py -m resnet18 -b 1 --mode train
     python benchmarks.py --simulate                   planned only: no step is run, and nothing is allocated
     python benchmarks.py --gpu-profile                what the CUDA caching allocator loses, on a GPU if there is one
