@@ -261,6 +261,7 @@ def frontier(
     spill_dir: SpillDir | None = None,
     points: int = 12,
     time_limit: float = 60.0,
+    cache_dir: CacheDir | None = None,
     progress: bool | None = None,
 ) -> Frontier:
     """What smaller and smaller memory budgets cost in time, from the best order to the smallest peak reached.
@@ -268,10 +269,13 @@ def frontier(
     Like :func:`plan` it allocates nothing, and times of operators are estimated. With ``spill_dir`` (as for
     :func:`optimize`) a schedule may spill instead of running operators again. Print the result, or draw it
     with :func:`olla.show.draw.draw_frontier`. Peaks, in bytes, are those above what lives across steps; ``points`` says
-    how many budgets are looked at, and ``time_limit``, in seconds, for how long in all.
+    how many budgets are looked at, and ``time_limit``, in seconds, for how long in all. With ``cache_dir`` (as for
+    :func:`optimize`) the curve is kept, and found again for the same graph, ``points`` and ``spill_dir``.
 
     Raises
     ------
+    CacheError
+        If ``cache_dir`` cannot be made, or not be written.
     CaptureError
         If the step cannot be captured.
     InvalidBudgetError
@@ -279,7 +283,7 @@ def frontier(
     SpillError
         If ``spill_dir`` is not a directory, or not writable.
     """
-    options = Options(spill_dir=spill_dir, time_limit=time_limit, progress=progress)
+    options = _options(True, True, None, spill_dir, None, time_limit, cache_dir, progress)
     step = Step(_program(model, loss_fn, targets, optimizer), options=options)
     args, kwargs = _arguments(inputs, targets)
     return step.frontier_for(points, *args, **kwargs)

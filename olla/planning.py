@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from olla.cache import Cache, digest
@@ -300,18 +301,61 @@ def _packed(intervals: Sequence[Interval], alignment: int, options: Options) -> 
 
 
 def trade(lowered: Lowered, points: int, options: Options) -> Frontier:
-    """What smaller and smaller budgets cost, with times that are estimated."""
-    seconds = estimated_seconds(lowered)
-    start = _ordered(lowered.graph, seconds, options)
-    with stage(f"fitting {points} budgets", options.progress):
-        return frontier(
-            lowered.graph,
-            start,
-            seconds,
-            bandwidth=_bandwidth(options),
-            points=points,
-            time_limit=options.time_limit,
-        )
+    """What smaller and smaller budgets cost, with times that are estimated: the curve that is kept, or a new one."""
+    graph, seconds = lowered.graph, estimated_seconds(lowered)
+
+    def search() -> Frontier:
+        start = _ordered(graph, seconds, options)
+        with stage(f"fitting {points} budgets", options.progress):
+            bandwidth, limit = _bandwidth(options), options.time_limit
+            return frontier(graph, start, seconds, bandwidth=bandwidth, points=points, time_limit=limit)
+
+    if options.cache is None:
+        return search()
+    times = digest([seconds, _bandwidth(options)])
+    key = {**_key(graph, options, "frontier", None, None), "points": points}
+
+    def read(data: dict[str, Any]) -> Frontier:
+        plans = data.get("plans")
+        if not isinstance(plans, list) or not plans:
+            raise InvalidPlanError("it holds no plans")
+        found = [_kept(plan, graph, seconds, options, is_same=data.get("times") == times) for plan in plans]
+        if any(after.peak_bytes >= before.peak_bytes for before, after in pairwise(found)):
+            raise InvalidPlanError("the peaks of its plans do not fall")
+        return Frontier.of(graph, [plan.schedule for plan in found], seconds)
+
+    kept = options.cache.find(key, options.time_limit, read)
+    if kept is not None:
+        return kept
+    found = search()
+    plans = [Plan.of(graph, schedule).to_dict() for schedule in found.schedules]
+    options.cache.keep(key, options.time_limit, {"times": times, "plans": plans})
+    return found
+
+
+def _key(
+    graph: Graph, options: Options, what: str, start: Plan | None, budget_bytes: int | None
+) -> dict[str, str | int | None]:
+    """All that decides what is planned for ``graph``, from ``start``, but the points of a curve."""
+    spill_dir = options.spill_dir
+    return {
+        "what": what,
+        "of": digest([graph.digest, None if start is None else [start.order, start.spills]]),
+        "reorder": options.reorder,
+        "budget_bytes": budget_bytes,
+        "spill_dir": spill_dir if spill_dir in (None, HOST) else os.path.abspath(spill_dir),
+        "solver": options.solver,
+    }
+
+
+def _kept(data: Any, graph: Graph, seconds: Sequence[float], options: Options, *, is_same: bool) -> Plan:
+    """The plan that a file holds, checked; what it takes is computed anew unless it was found for the same seconds."""
+    plan = Plan.from_dict(data)
+    verify(graph, plan)
+    if is_same:
+        return plan
+    extra = _extra_seconds(graph, plan, seconds, options)
+    return replace(plan, extra_seconds=extra, extra_seconds_lower_bound=0.0)
 
 
 def _planned(
@@ -333,27 +377,16 @@ def _planned(
         return plan
     budget = None if options.memory_budget is None else _budget(graph, options)
     times = None if budget is None else digest([seconds, _bandwidth(options)])
-    key = {
-        "what": what,
-        "of": digest([graph.digest, None if start is None else [start.order, start.spills]]),
-        "reorder": options.reorder,
-        "budget_bytes": budget,
-        "spill_dir": options.spill_dir if options.spill_dir in (None, HOST) else os.path.abspath(options.spill_dir),
-        "solver": options.solver,
-    }
+    key = _key(graph, options, what, start, budget)
 
     def is_within(plan: Plan) -> bool:
         return budget is None or plan.persistent_bytes + plan.peak_bytes <= budget
 
     def read(data: dict[str, Any]) -> Plan:
-        plan = Plan.from_dict(data.get("plan", {}))
-        verify(graph, plan)
+        plan = _kept(data.get("plan"), graph, seconds, options, is_same=data.get("times") == times)
         if not is_within(plan):
             raise InvalidPlanError("the plan exceeds its budget")
-        if data.get("times") == times:
-            return plan
-        extra = _extra_seconds(graph, plan, seconds, options)
-        return replace(plan, extra_seconds=extra, extra_seconds_lower_bound=0.0)
+        return plan
 
     kept = options.cache.find(key, options.time_limit, read)
     if kept is not None:

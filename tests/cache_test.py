@@ -32,7 +32,7 @@ from olla.graph.check import verify_placement
 from olla.graph.plan import Placement
 
 HERE = Path(__file__).parent
-PLANNERS = ("schedule", "fitted", "pack", "place", "improved_order", "improved_placement", "improved_plan")
+PLANNERS = ("schedule", "fitted", "pack", "place", "improved_order", "improved_placement", "improved_plan", "frontier")
 BUDGET = 0.8
 
 
@@ -185,6 +185,69 @@ class KeyTest(CacheTestCase):
     def test_the_best_plan_is_not_searched_again(self) -> None:
         self.planned(time_limit=1)
         self.assertEqual(self.planned(time_limit=2), [])
+
+
+class FrontierTest(CacheTestCase):
+    """A curve is kept as a whole."""
+
+    def frontier(self, **options: Any) -> olla.Frontier:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.Tanh())))
+        return olla.frontier(model.train(), torch.randn(64, 16), cache_dir=self.folder, **{"points": 3, **options})
+
+    def test_the_second_time_it_is_found(self) -> None:
+        with searches() as called:
+            first = self.frontier()
+        self.assertEqual(called, ["schedule", "frontier"])
+        self.assertGreater(len(first.schedules), 2)
+        with searches() as called, self.assertNoLogs("olla", "WARNING"):
+            self.assertEqual(self.frontier(), first)
+            self.assertEqual(self.frontier(time_limit=30), first)
+        self.assertEqual(called, [])
+
+    def test_another_question_is_another_curve(self) -> None:
+        self.frontier()
+        for options in ({"points": 2}, {"time_limit": 90}, {"spill_dir": self.folder.parent}):
+            with self.subTest(options=options), searches() as called:
+                self.frontier(**options)
+            self.assertEqual(called, ["schedule", "frontier"])
+
+    def test_with_another_disk_the_same_schedules_are_told_anew_what_they_take(self) -> None:
+        def at(speed: float) -> olla.Frontier:
+            with mock.patch.object(planning, "measured_bandwidth", return_value=Bandwidth(speed, speed)):
+                return self.frontier(spill_dir=self.folder.parent)
+
+        fast = at(1e15)
+        self.assertTrue(fast.schedules[-1].spills)
+        with searches() as called:
+            slow = at(1e9)
+        self.assertEqual(called, [])
+        for before, after in zip(fast.schedules, slow.schedules, strict=True):
+            self.assertEqual((before.order, before.spills), (after.order, after.spills))
+            self.assertEqual(after.extra_seconds_lower_bound, 0)
+        self.assertGreater(slow.schedules[-1].extra_seconds, fast.schedules[-1].extra_seconds)
+
+    def test_what_is_not_true_is_found_anew(self) -> None:
+        good = self.frontier()
+        (path,) = self.folder.iterdir()
+        plans = json.loads(path.read_text())["found"]["plans"]
+        for bad in (
+            None,
+            [],
+            [None],
+            plans[::-1],
+            [plans[0], plans[0]],
+            [{**plans[0], "peak_bytes": plans[0]["peak_bytes"] - 1}],
+            [{**plans[0], "order": plans[0]["order"][::-1]}],
+        ):
+            entry = json.loads(path.read_text())
+            found = {**entry["found"], "plans": bad}
+            path.write_text(json.dumps({**entry, "found": found, "digest": digest(found)}))
+            with searches() as called, self.assertLogs("olla", "WARNING") as logs:
+                again = self.frontier()
+            self.assertEqual(called, ["schedule", "frontier"])
+            self.assertEqual([s.order for s in again.schedules], [s.order for s in good.schedules])
+            self.assertIn(str(path), logs.output[0])
 
 
 class TimesTest(CacheTestCase):

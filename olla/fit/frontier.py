@@ -25,6 +25,11 @@ class Frontier:
     persistent_bytes: int  # part of a budget, and not of a peak
     seconds: float  # of all ops, run once
 
+    @classmethod
+    def of(cls, graph: Graph, schedules: Sequence[Schedule], seconds: Sequence[float]) -> Frontier:
+        """The curve through these ``schedules`` of ``graph``, whose ops take ``seconds``."""
+        return cls(tuple(schedules), eager_peak_bytes(graph), graph.persistent_bytes, sum(seconds))
+
     def __str__(self) -> str:
         """A table of plain text."""
         lines = [f"{'peak, bytes':>16}{'of eager':>10}{'more time':>11}{'at least':>10}{'ops again':>11}{'spilled':>9}"]
@@ -89,7 +94,7 @@ def frontier(
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
     found = [work.within(budget, time_limit=limit) for budget in sorted({*budgets, start.peak_bytes}, reverse=True)]
-    return Frontier(tuple(_falling(found)), eager_peak_bytes(graph), graph.persistent_bytes, sum(seconds))
+    return Frontier.of(graph, list(_falling(found)), seconds)
 
 
 def _falling(found: Sequence[Schedule]) -> Iterator[Schedule]:
