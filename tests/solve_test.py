@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import os
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -314,6 +316,24 @@ class HighsTest(Cases, unittest.TestCase):
     def test_a_coefficient_that_is_too_large_is_refused(self) -> None:
         with self.assertRaisesRegex(InvalidModelError, "too large"):
             self.solve(knapsack([1, 1], [2**52, 1], 1))
+
+    def test_nothing_is_printed(self) -> None:
+        """C prints past ``sys.stdout``, when the process ends. HiGHS 1.12 did so for four of these models."""
+        script = (
+            "import numpy as np\n"
+            "from olla.solve import Model, solve\n"
+            "for seed in range(30):\n"
+            "    rng, model = np.random.default_rng(seed), Model()\n"
+            "    x = np.concatenate([model.binaries('x', 12), model.continuous('y', 2, 0, 100)])\n"
+            "    for row in range(4):\n"
+            "        weights = rng.integers(-2**30, 2**30, 14).tolist()\n"
+            "        model.constrain(f'row{row}', np.zeros(14, int), x, weights, '>=', -2**28)\n"
+            "    model.minimize(x, rng.integers(-100, 100, 14).tolist())\n"
+            "    solve(model, 'highs', time_limit=10, threads=1)\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
+        self.assertEqual(done.stdout, b"")
 
     def test_a_written_model_has_the_same_names_and_optimum(self) -> None:
         import highspy
