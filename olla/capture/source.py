@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from olla.errors import CaptureError
 from olla.torch_private import (
     OpOverload,
     TorchDispatchMode,
@@ -24,6 +25,7 @@ from olla.torch_private import (
 __all__ = ["SourceRecorder", "line_of_error"]
 
 _LIBRARIES = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep, "<")
+_SCALER = torch.amp.GradScaler.scale.__code__.co_filename
 
 
 def line_of_error(error: BaseException) -> str:
@@ -38,6 +40,12 @@ class SourceRecorder(TorchDispatchMode):
     ``source`` is ``file:line`` of the user's innermost line, below the function whose code is ``root``; empty if
     there is none. ``backward`` is whether autograd makes the call; its source is then that of the forward call which
     autograd differentiates.
+
+    Raises
+    ------
+    CaptureError
+        At the first call of a ``GradScaler``: whether it skips an update, and how it scales the next loss, are decided
+        by values, in Python or in tensors of its own, which no plan knows.
     """
 
     supports_higher_order_operators = True
@@ -56,8 +64,9 @@ class SourceRecorder(TorchDispatchMode):
     ) -> Any:
         nodes = graph_being_traced().nodes
         before: fx.Node = next(iter(reversed(nodes)))
+        line = self._line()
         result = func(*args, **(kwargs or {}))
-        running, line = running_autograd_node(), self._line()
+        running = running_autograd_node()
         if running is None:
             # It is the first call that sees the node which was made for it; those after it may make none.
             self._sources.setdefault(latest_autograd_node(), line)
@@ -70,8 +79,20 @@ class SourceRecorder(TorchDispatchMode):
 
     def _line(self) -> str:
         frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code is not self._root:
-            if not frame.f_code.co_filename.startswith(_LIBRARIES):
-                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        line, is_scaling = "", False
+        while frame is not None and frame.f_code is not self._root and not line:
+            file = frame.f_code.co_filename
+            is_scaling = is_scaling or (file == _SCALER and _is_enabled(frame.f_locals.get("self")))
+            if not file.startswith(_LIBRARIES):
+                line = f"{file}:{frame.f_lineno}"
             frame = frame.f_back
-        return ""
+        if is_scaling:
+            raise CaptureError(
+                f"the step uses a torch.amp.GradScaler at {line}, which skips updates where values overflow: "
+                "use bfloat16, which needs none, or plan the backward pass alone and step the scaler outside"
+            )
+        return line
+
+
+def _is_enabled(scaler: object) -> bool:
+    return isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled()
