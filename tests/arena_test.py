@@ -54,6 +54,28 @@ class ArenaTest(unittest.TestCase):
             del first, second
         self.assertEqual(replay.counts, Counts(hits=3))
 
+    def test_a_signal_when_a_session_has_just_begun_ends_it(self) -> None:
+        class Interrupted(Recorder):
+            def _begin(self) -> int:
+                super()._begin()
+                raise KeyboardInterrupt  # as Python raises it between two instructions
+
+        recorder, interrupted = (kind(self.arena.library, self.clock) for kind in (Recorder, Interrupted))
+        with recorder:
+            with self.assertRaises(KeyboardInterrupt), interrupted:
+                pass
+            torch.empty(64, dtype=torch.uint8)  # would be recorded by the other one, if that went on
+        self.assertEqual([size for _, _, size, _ in recorder.events], [64, -1])
+        self.assertEqual(interrupted.events, [])
+
+    def test_an_arena_that_cannot_be_reserved_ends_no_other_session(self) -> None:
+        recorder = Recorder(self.arena.library, self.clock)
+        with recorder:
+            with self.assertRaises(ExecutionError), self.replay(arena_bytes=2**60):
+                pass
+            torch.empty(64, dtype=torch.uint8)
+        self.assertEqual([size for _, _, size, _ in recorder.events], [64, -1])
+
     def test_outside_of_a_session_nothing_is_in_the_arena(self) -> None:
         replay = self.replay()
         with replay:

@@ -120,6 +120,8 @@ class Registry {
     return current_;
   }
 
+  static Session* innermost() { return current_; }
+
   void begin(Session* session) {
     session->outer = current_;
     session->foreign_before = foreign_.load();
@@ -255,6 +257,9 @@ olla::Session* olla_begin_replay(
   olla::Registry::get().begin(session);
   return session;
 }
+
+// The session that runs on this thread, or null.
+olla::Session* olla_innermost() { return olla::Registry::innermost(); }
 
 // Ends the session and says how many events it recorded.
 int64_t olla_end(olla::Session* session, olla::Counts* counts) {

@@ -68,11 +68,21 @@ class _Session:
 
     def __enter__(self) -> None:
         self._clock.tell(-1)
-        self._handle = self._begin()
+        outer = self._library.olla_innermost()
+        try:
+            self._handle = self._begin()
+        except BaseException:  # a signal, perhaps, when the session had begun, and before its handle was here
+            self._handle = self._library.olla_innermost()
+            if self._handle != outer:
+                self._end()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         counts = native.Counts()
         events = (native.Event * self._library.olla_end(self._handle, ctypes.byref(counts)))()
         self._library.olla_drop_session(self._handle, events)
