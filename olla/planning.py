@@ -12,6 +12,7 @@ from typing import Any
 
 from olla.cache import Cache, digest
 from olla.capture.average import START_SUM, start_as_soon_as_possible
+from olla.capture.chain import chained, collectives, unchained
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
@@ -114,6 +115,7 @@ def draft(
     traced, lowered = ranks.together(lambda: capture(program, args, kwargs, options))
     capture_seconds = time.perf_counter() - started
     ranks.require_same(_described(program, traced, lowered.graph))
+    lowered = _with_best_chain(lowered, options, ranks)
     seconds = estimated_seconds(lowered)
     graph = lowered.graph
     found = ranks.from_first(
@@ -123,6 +125,18 @@ def draft(
     plan = Plan.of(lowered.graph, found.schedule)
     verify(lowered.graph, plan)
     return Draft(traced, lowered, plan, seconds, capture_seconds)
+
+
+def _with_best_chain(lowered: Lowered, options: Options, ranks: Ranks) -> Lowered:
+    """Collectives keep the order that they have where nothing keeps them in one: that order costs no bytes."""
+    if len(collectives(lowered)) < 2 or not options.reorder:
+        return lowered
+    free, seconds = unchained(lowered), estimated_seconds(lowered)
+    options = replace(options, memory_budget=None, solver=None)
+    found = ranks.from_first(
+        lambda: _planned(free, seconds, options, "order", lambda: Plan.of(free, _ordered(free, seconds, options)))
+    )
+    return chained(lowered, found.order)
 
 
 def _described(program: Program, traced: Trace, graph: Graph) -> list[str]:

@@ -1,7 +1,7 @@
 """Gradients averaged over processes, by collectives that are operators of the graph like others.
 
 They write the process group, a storage of size 0, as random operators write the generator: so they keep one order,
-which is the same in every plan of the step and on all ranks.
+which is the same in every plan of the step and on all ranks (``chain.py`` chooses it).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from olla.capture.program import require_process_group
 from olla.errors import CaptureError
 from olla.torch_private import ProcessGroup, dense_parts, flatten, process_group, storage_key
 
-__all__ = ["START_SUM", "average_gradients", "start_as_soon_as_possible", "unowned"]
+__all__ = ["PROCESS_GROUP", "START_SUM", "average_gradients", "start_as_soon_as_possible", "unowned"]
 
 _running: dict[int, dist.Work] = {}  # address of a tensor -> what fills it
 
@@ -47,6 +47,7 @@ for _name, _function in (("start_sum", _start_sum), ("finish_sum", _finish_sum))
     _LIBRARY.impl(_name, _function, "CUDA")
     _LIBRARY.impl(_name, lambda *_: None, "Meta")
 START_SUM = torch.ops.olla.start_sum.default
+PROCESS_GROUP = "process group"  # the name of the storage that collectives write
 
 
 def average_gradients(parameters: Iterable[Tensor], process_group: ProcessGroup) -> None:

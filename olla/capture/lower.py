@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from olla.capture.average import START_SUM
+from olla.capture.average import PROCESS_GROUP, START_SUM
 from olla.capture.program import Program
 from olla.capture.trace import Trace
 from olla.capture.trial import footprint
@@ -124,7 +124,7 @@ class _Builder:
             writes |= {self._generator()}
             once |= {self._generator()} if _is_replayable(node) else set()
         if node.target is START_SUM:
-            writes |= {self._sizeless("process group")}
+            writes |= {self._sizeless(PROCESS_GROUP)}
         reads = self.existing(node.all_input_nodes) - writes
         reads -= {s for s in self.existing(_replaced(node)) if self.storages[s].persistent}
         if node in self.reused:  # its result was traced on a storage of its own
