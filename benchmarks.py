@@ -9,6 +9,7 @@
     python benchmarks.py --spilling                   the same, kept by recomputing and by spilling to a file
     python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
     python benchmarks.py --peers                      PyTorch's own means to save memory, and OLLA within budgets
+    python benchmarks.py --soak                       10,000 steps: does memory grow?
     python benchmarks.py --write                      docs/results.md and the README's table, from the log
 
 Every row plans one step of a model on the meta device, order and addresses, and compares the order with those that
@@ -32,6 +33,9 @@ With --peers, three models of sizes of their own are trained by eager PyTorch, w
 backward pass, with checkpoints, compiled, and by OLLA within byte budgets, in one process. Every peak is measured by
 the same code; steps take turns, and a time is relative to that of eager PyTorch in the same round. "Same numbers":
 after two steps, losses and parameters are those of eager PyTorch, bit for bit.
+With --soak, one small step runs 10,000 times in this process, whose resident memory is noted every 100 steps, with
+the allocations that missed their addresses; figures and picture are beside the log, as .soak.csv and .soak.png, and
+--write takes them up.
 """
 
 from __future__ import annotations
@@ -46,11 +50,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 
+from bench import cells
 from bench.comparison import SAVINGS, compare
 from bench.contest import Result, show_contest
 from bench.document import write_document
@@ -59,10 +65,11 @@ from bench.log import read_log, write_log
 from bench.machine import machine
 from bench.malloc import tune_malloc
 from bench.models import MODELS, QUICK
-from bench.picture import draw_contests, draw_peaks
+from bench.picture import draw_contests, draw_peaks, draw_soak
 from bench.profile import profile
 from bench.row import Row
 from bench.simulation import simulate
+from bench.soak import STEPS, Moment, soak
 from bench.summary import PAPER, SUMMARY_COLUMNS, summaries
 from bench.table import show, show_table
 from bench.training import SUBJECTS
@@ -153,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="what else saves memory, and OLLA, with a tuned malloc; a picture is drawn beside the log",
     )
+    parser.add_argument("--soak", action="store_true", help="a small step, 10,000 times; a picture of resident memory")
     parser.add_argument("--form", choices=FORMS, action="append", help="with --ilp: may be repeated; default all")
     parser.add_argument("--solver", choices=("cpsat", "gurobi", "highs"), action="append", help="as --form")
     parser.add_argument(
@@ -172,6 +180,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     if options.write and given - {"write", "log_path"}:
         parser.error("--write runs nothing: only --log-path goes with it")
+    if options.soak and given - {"soak", "log_path"}:
+        parser.error("--soak has a model of its own, on the CPU: only --log-path goes with it")
     measuring = options.execute or options.skip_simulation or options.skip_node_ordering
     measuring = measuring or (options.tuned_malloc and not options.peers)
     options.within_budgets = options.rematerialization or options.spilling
@@ -290,6 +300,24 @@ def _run_contests(options: argparse.Namespace) -> list[Result]:
     return results
 
 
+def _soak_paths(log_path: Path) -> tuple[Path, Path]:
+    """The log and the picture of a long run."""
+    return log_path.with_suffix(".soak.csv"), log_path.with_suffix(".soak.png")
+
+
+def _run_soak(options: argparse.Namespace, command: str) -> None:
+    path, picture_path = _soak_paths(options.log_path)
+    made = {"machine": machine("cpu"), "date": str(datetime.date.today()), "command": command}
+    moments: list[Moment] = []
+    for moment in soak(STEPS, partial(Moment, **made)):
+        moments.append(moment)
+        write_log(moments, path)
+        if moment.steps % 1000 == 0:
+            print(f"{moment.steps:6,} steps: {cells.mebibytes(moment.resident_bytes)} MiB, {moment.missed} missed")
+    draw_soak(moments, picture_path)
+    print(f"The figures are in {path}, a picture of them in {picture_path}.")
+
+
 def _command(arguments: list[str]) -> str:
     """What was typed, but for where the log is, and whether it was there."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
@@ -313,14 +341,23 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         if options.write:
-            print("Written: " + ", ".join(map(str, write_document(read_log(options.log_path, Row), ROOT))))
+            soak_path, _ = _soak_paths(options.log_path)
+            moments = read_log(soak_path, Moment) if soak_path.exists() else []
+            written = write_document(read_log(options.log_path, Row), moments, ROOT)
+            print("Written: " + ", ".join(map(str, written)))
             return 0
         command = _command(sys.argv[1:] if arguments is None else arguments)
+        if options.soak:
+            _run_soak(options, command)
+            return 0
         rows = _run_contests(options) if options.peers else _run_cases(options, command)
     except OllaError as error:
         print(f"benchmarks.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if options.soak:
+            print("Stopped.")
+            return 130
         print(f"Stopped. What was done is in {options.log_path}; to go on, give the same options and --append-log.")
         return 130
     return 0 if any(not row.error for row in rows) else 1

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from bench import cells
 from bench.models import MODELS, QUICK
-from bench.picture import draw_peaks
+from bench.picture import draw_peaks, draw_soak
 from bench.row import Row
+from bench.soak import Moment
 from bench.summary import PAPER, SUMMARY_COLUMNS, panels, saved, summaries
 from bench.table import Columns, markdown
 from olla.errors import OllaError
@@ -56,8 +57,10 @@ _RUNS: Columns[Row] = {
 }
 
 
-def write_document(rows: Sequence[Row], root: Path) -> list[Path]:
-    """Write docs/results.md and its picture, and the tables between the markers of README.md; returns the paths.
+def write_document(rows: Sequence[Row], moments: Sequence[Moment], root: Path) -> list[Path]:
+    """Write docs/results.md and its pictures, and the tables between the markers of README.md; returns the paths.
+
+    ``moments`` are those of a long run; without any, the page has no such section.
 
     Raises
     ------
@@ -66,11 +69,14 @@ def write_document(rows: Sequence[Row], root: Path) -> list[Path]:
     """
     readme, page, picture = root / "README.md", root / "docs" / "results.md", root / "docs" / "results.png"
     filled = fill(readme, "quick", _quick(rows))
-    text = _page(rows, picture.name)
+    long_run = root / "docs" / "soak.png"
+    text = _page(rows, picture.name) + (_soak(moments, long_run.name) if moments else "")
     draw_peaks(_simulated(rows), picture)
+    if moments:
+        draw_soak(moments, long_run)
     page.write_text(text, encoding="utf-8")
     readme.write_text(filled, encoding="utf-8")
-    return [readme, page, picture]
+    return [readme, page, picture, *([long_run] if moments else [])]
 
 
 def fill(path: Path, name: str, table: str) -> str:
@@ -139,7 +145,23 @@ def _page(rows: Sequence[Row], picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _origin(rows: Sequence[Row]) -> str:
+def _soak(moments: Sequence[Moment], picture: str) -> str:
+    """The section of a long run. It begins where caches are filled, a tenth of the way."""
+    last = moments[-1]
+    warm = [moment for moment in moments if moment.steps >= last.steps / 10]
+    low, high = (cells.mebibytes(found(moment.resident_bytes for moment in warm)) for found in (min, max))
+    return f"""
+## Over {last.steps:,} steps
+
+One step, a network of four linear layers with dropouts and Adam, again and again, on new batches: what the process
+holds, PyTorch included. From step {warm[0].steps:,} on it was between {low} and {high} MiB, and
+{last.missed:,} allocations of all steps missed their planned addresses. {_origin(moments)}
+
+![Resident memory over {last.steps:,} steps]({picture})
+"""
+
+
+def _origin(rows: Sequence[Row | Moment]) -> str:
     """Where, when and how the rows were made."""
     machines, dates = _distinct(row.machine for row in rows), sorted({row.date for row in rows})
     commands = ", ".join(f"`{command}`" for command in _distinct(row.command for row in rows))

@@ -9,6 +9,7 @@ from typing import Any
 from bench.contest import Result
 from bench.peers import EAGER, OLLA
 from bench.row import Row
+from bench.soak import Moment
 from bench.summary import panels, saved
 
 # Of the peers, by the first words of their names.
@@ -74,6 +75,19 @@ def draw_contests(results: Sequence[Result], path: Path) -> None:
         _plain(axes)
     columns[0][0].set_ylabel("peak above what lives across steps, MiB")
     figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_soak(moments: Sequence[Moment], path: Path) -> None:
+    """Write a PNG of what the process holds, from step to step."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    resident = [moment.resident_bytes / 2**20 for moment in moments]
+    axes.plot([moment.steps for moment in moments], resident, color=_OLLA_COLOR, linewidth=1.6)
+    axes.set(xlabel="steps", ylabel="resident memory, MiB", xlim=0, ylim=(0, 1.15 * max(resident)))
+    _plain(axes)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -271,6 +271,15 @@ class LogTest(unittest.TestCase):
         for batch in (1, 32):
             self.assertIn(f"## Training, batch {batch}, simulated", page.read_text())
         self.assertTrue((self.root / "docs" / "results.png").exists())
+        self.assertNotIn("steps", page.read_text())
+        with mock.patch("benchmarks.STEPS", 200):
+            self.assertEqual(self.run_with("--soak")[0], 0)
+        self.assertEqual(self.run_with("--write")[0], 0)
+        before, _, section = page.read_text().partition("\n## Over 200 steps\n")
+        self.assertEqual(before, first[0])
+        self.assertIn("0 allocations of all steps", section)
+        self.assertIn("made by `python benchmarks.py --soak`", section)
+        self.assertTrue((self.root / "docs" / "soak.png").read_bytes().startswith(b"\x89PNG"))
 
     def test_nothing_is_written_if_something_is_missing(self) -> None:
         readme = self.root / "README.md"
@@ -297,3 +306,9 @@ class LogTest(unittest.TestCase):
         with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
             benchmarks.main(["--write", "-m", "resnet18"])
         self.assertIn("--write runs nothing", error.getvalue())
+
+    def test_a_long_run_has_a_model_of_its_own(self) -> None:
+        for other in (["-m", "resnet18"], ["--append-log"], ["--tuned-malloc"]):
+            with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
+                benchmarks.main(["--soak", *other])
+            self.assertIn("--soak has a model of its own", error.getvalue())
