@@ -23,7 +23,11 @@ Means over the models. An order is *proven* if it is within 0.01 % of the best p
 the share of what PyTorch's CUDA caching allocator would reserve for it that is not in use at the peak, by the model
 of it in `olla/measure/caching_allocator.py`; small steps lose much, because it reserves 2 or 20 MiB at least. *Saved in
 all* is what it would reserve for the arena, and for the results outside of it, against what it would for eager
-PyTorch. *Better orders* are those of PyTorch Inductor, or of the program, that beat the planned one."""
+PyTorch. *Better orders* are those of PyTorch Inductor, or of the program, that beat the planned one.
+
+*Half* is a budget of half of eager PyTorch's peak: the time that recomputing takes then, as a share of the step's, by
+estimated times of operators, at the first of twelve points of `olla.frontier` that is at half or below. *At least* is
+what any schedule there must take, and *smallest* the smallest peak that was found."""
 _MEASURED = """\
 Eager and planned steps in turn, in one process. Peaks are the allocator's, step times against eager PyTorch."""
 _ORDERS: Columns[Row] = {
@@ -40,6 +44,9 @@ _ORDERS: Columns[Row] = {
     "arena loses": lambda row: cells.share(row.simulated_fragmentation, 2),
     "arena, reserved": lambda row: cells.mebibytes(row.reserved_arena_bytes),
     "saved in all": lambda row: cells.share(saved(row.reserved_arena_bytes, row.reserved_eager_bytes)),
+    "half: more time": lambda row: cells.share(row.half_extra),
+    "at least": lambda row: cells.share(row.half_least_extra),
+    "smallest": lambda row: cells.mebibytes(row.smallest_bytes),
     "planning s": lambda row: cells.seconds(row.planning_seconds),
     "placing s": lambda row: cells.seconds(row.placing_seconds),
 }

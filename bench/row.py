@@ -36,6 +36,9 @@ class Row:
     simulated_arena_bytes: int | None = None
     simulated_fragmentation: float | None = None  # of that arena
     placing_seconds: float | None = None
+    half_extra: float | None = None  # time that half of eager PyTorch's peak costs, as a share of the step's, estimated
+    half_least_extra: float | None = None  # as proven
+    smallest_bytes: int | None = None  # peak that recomputing reaches
     lower_bound_bytes: int | None = None
     gap: float | None = None
     status: str | None = None
@@ -101,10 +104,15 @@ def workload_of(row: Row) -> tuple[Workload, dict[str, Any]]:
     return workload, {}
 
 
-def captured(row: Row) -> olla.Graph:
-    """The graph of a case, whose model is on the meta device, where it is planned as on a CPU; or on the GPU."""
+def planned_workload_of(row: Row) -> tuple[Workload, dict[str, Any]]:
+    """The model of a case on the meta device, where it is planned as on a CPU; or on the GPU."""
     with torch.device("cuda" if row.device == "cuda" else "meta"):
-        workload, training = workload_of(row)
+        return workload_of(row)
+
+
+def captured(row: Row) -> olla.Graph:
+    """The graph of a case; nothing of it is run."""
+    workload, training = planned_workload_of(row)
     started = time.perf_counter()
     graph = olla.to_graph(workload.model, workload.inputs, **training)
     row.capture_seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ import argparse
 import time
 
 import olla
-from bench.row import PLACING_SECONDS, Row, captured
+from bench.row import PLACING_SECONDS, Row, captured, planned_workload_of
 from olla.graph.check import verify
 from olla.graph.events import Allocate, eager_events_of, events_of
 from olla.graph.lifetimes import live_intervals, peak_bytes
@@ -14,6 +14,8 @@ from olla.measure.caching_allocator import replay
 from olla.order.baselines import INDUCTOR
 from olla.order.schedule import program_order
 from olla.place.place import place
+
+_CURVE_SECONDS = 10.0  # for the trade of bytes against time
 
 
 def simulate(row: Row, options: argparse.Namespace) -> None:
@@ -32,6 +34,23 @@ def simulate(row: Row, options: argparse.Namespace) -> None:
     row.reserved_eager_bytes = replay(eager_events_of(graph)).peak_reserved_bytes
     row.reserved_planned_bytes = replay(events_of(graph, plan.order)).peak_reserved_bytes
     row.reserved_arena_bytes = replay(_blocks(graph, plan)).peak_reserved_bytes
+    if row.mode == "train" and not options.skip_node_ordering:
+        _halve(row, plan)
+
+
+def _halve(row: Row, plan: olla.Plan) -> None:
+    """What half of eager PyTorch's peak costs: the first point there, or below, on the curve that users ask for."""
+    if plan.peak_bytes * 2 <= plan.baseline_peak_bytes:
+        row.half_extra = row.half_least_extra = 0.0  # the order alone is enough
+        return
+    workload, training = planned_workload_of(row)
+    curve = olla.frontier(workload.model, workload.inputs, **training, time_limit=_CURVE_SECONDS, progress=False)
+    row.smallest_bytes = curve.schedules[-1].peak_bytes
+    for found in curve.schedules:
+        if found.peak_bytes * 2 <= curve.baseline_peak_bytes:
+            row.half_extra = found.extra_seconds / curve.seconds
+            row.half_least_extra = found.extra_seconds_lower_bound / curve.seconds
+            return
 
 
 def _blocks(graph: olla.Graph, plan: olla.Plan) -> list[Allocate]:

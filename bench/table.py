@@ -39,6 +39,7 @@ _COLUMNS: Columns[Row] = {
     "arena reserved": lambda row: mebibytes(row.reserved_arena_bytes),
     "arena": lambda row: mebibytes(_arena(row)[0]),
     "arena lost": lambda row: share(_arena(row)[1], 2),
+    "half: more time": lambda row: share(row.half_extra),
     "plan s": lambda row: seconds(row.planning_seconds),
     "place s": lambda row: seconds(row.placing_seconds),
     "eager MiB, measured": lambda row: mebibytes(row.measured_eager_bytes),

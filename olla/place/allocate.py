@@ -13,6 +13,7 @@ from olla.graph.plan import Placement
 from olla.place.buffers import Buffer
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
+from olla.place.grid import grids
 from olla.place.problem import Integers, Problem
 from olla.place.restarts import searches
 from olla.place.search import INFEASIBLE, SOLVED
@@ -125,6 +126,7 @@ class _Search:
             self._improve_in_rounds()
         else:
             if self._capacity is None:  # one that is tight enough to be given is a matter for the search
+                self._search_grids()
                 self._improve()
             self._bisect()
 
@@ -138,6 +140,19 @@ class _Search:
                 idle = 0 if before - self.top > _LEAST * self.bound else idle + 1
                 if self.top - self.bound <= _CLOSE * self.bound:
                     return
+
+    def _search_grids(self) -> None:
+        """Place what is large in whole units, then what is small around it."""
+        for grid in grids(self._problem):
+            large = _Search(grid.problem, grid.problem.bound, 0.0, self._half_of_the_rest)
+            large.run()
+            if large.top > grid.problem.bound:
+                continue
+            rest = _Search(grid.around(self._problem, large.offsets), None, self._gap, self._half_of_the_rest)
+            rest.run()
+            self._keep(f"grid of {grid.unit:,} bytes", rest.offsets)
+            if self._ended:
+                return
 
     def _bisect(self) -> None:
         """Search for the bound itself, then for what is half way between what was tried in vain and the best."""
