@@ -1,8 +1,8 @@
 """Sizes as multiples of one unit: a problem with far fewer placements, and at best the same bound.
 
 Steps of transformers and the like consist of a few sizes that are multiples of each other, and of little
-beside them. Large buffers are rounded up to whole units; then a search, which otherwise drowns in offsets that differ by
-some bytes, has few to try. What is small fills the rest.
+beside them. Large buffers are rounded up to whole units; then a search, which otherwise drowns in
+offsets that differ by some bytes, has few to try. What is small fills the rest.
 """
 
 from __future__ import annotations
