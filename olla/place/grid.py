@@ -42,7 +42,7 @@ def grids(problem: Problem) -> Iterator[Grid]:
     if (problem.fixed >= 0).any():
         return
     alignment = int(np.lcm.reduce(problem.alignment))
-    found = []
+    found: list[tuple[int, int, Grid]] = []
     for size in np.unique(problem.sizes[problem.sizes * _UNITS > problem.bound]).tolist():
         unit = -(-size // alignment) * alignment
         large = problem.sizes * 2 >= unit
