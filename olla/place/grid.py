@@ -38,14 +38,16 @@ class Grid:
 
 
 def grids(problem: Problem) -> Iterator[Grid]:
-    """Those that raise the bound least, if hardly; none if buffers are fixed."""
-    if (problem.fixed >= 0).any():
+    """Those that raise the bound least, if hardly; none if buffers are fixed, or all are whole units as they are."""
+    if (problem.fixed >= 0).any() or not len(problem.sizes):
         return
     alignment = int(np.lcm.reduce(problem.alignment))
     found: list[tuple[int, int, Grid]] = []
     for size in np.unique(problem.sizes[problem.sizes * _UNITS > problem.bound]).tolist():
         unit = -(-size // alignment) * alignment
         large = problem.sizes * 2 >= unit
+        if not large.any() or not (problem.sizes % unit).any():
+            continue
         small = problem.ordered(np.flatnonzero(~large))
         lives = zip(
             problem.first[large].tolist(), problem.last[large].tolist(), problem.sizes[large].tolist(), strict=True
