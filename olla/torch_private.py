@@ -5,6 +5,7 @@ Works with torch 2.11 to 2.14. When a new release moves something, this is the f
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import logging
 import os
@@ -28,6 +29,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch.amp import GradScaler
 from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -68,6 +70,7 @@ __all__ = [
     "input_position",
     "is_collective",
     "is_distributed",
+    "is_stepped_by_scaler",
     "is_tangent",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
@@ -234,6 +237,16 @@ def bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
     """``step`` of its class without what calls hooks and tells the profiler, which costs as much as a small update."""
     step = type(optimizer).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def is_stepped_by_scaler() -> bool:
+    """Whether ``GradScaler.step`` is among the callers, of one that scales."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is GradScaler.step.__code__:
+            return bool(frame.f_locals["self"].is_enabled())
+        frame = frame.f_back
+    return False
 
 
 def remove_step_hooks(optimizer: Optimizer) -> None:

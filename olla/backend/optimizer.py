@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from olla.capture.trial import separable
 from olla.capture.updates import Update, is_watched, needs_closure
 from olla.errors import CaptureError, ExecutionError, InvalidOptionError
-from olla.torch_private import graph_task, has_gradient_hooks, will_accumulate
+from olla.torch_private import graph_task, has_gradient_hooks, is_stepped_by_scaler, will_accumulate
 
 __all__ = ["BackwardOptimizer"]
 
@@ -99,42 +99,47 @@ class BackwardOptimizer:
 
     def _watch(self, parameter: Tensor, node: Node) -> _Watched:
         found = self._watched[id(parameter)] = _Watched(parameter, node)
-        self_or_none = weakref.ref(self)
+        key, weak = id(parameter), weakref.ref(self)  # the node keeps its hooks, and must not keep itself by them
 
         def before(gradients: Sequence[Tensor | None]) -> None:
-            this = self_or_none()
-            if found.returned is not None:  # which nobody could add to in place, as it is held
-                found.is_arriving = gradients[0] is found.returned
-                found.is_whole = None if found.is_arriving else False
-                found.returned = None
-            elif this is not None and gradients[0] is not None and id(parameter) in this._updated:
-                raise _second_gradient(parameter)
+            if (this := weak()) is not None:
+                this._arrives(key, gradients[0])
 
         def after(_: object, __: object) -> None:
-            if found.is_arriving and parameter.grad is not None:
-                found.arrived, found.is_arriving = (parameter.grad, parameter.grad._version), False
+            if (this := weak()) is not None:
+                this._has_arrived(key)
 
-        node.register_prehook(before)  # type: ignore[arg-type]
-        node.register_hook(after)  # type: ignore[arg-type]
+        node.register_prehook(before)
+        node.register_hook(after)
         return found
 
-    def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _arrives(self, key: int, gradient: Tensor | None) -> None:
+        found = self._watched[key]
+        if found.returned is not None:  # which nobody could add to in place, as it is held
+            found.is_arriving = gradient is found.returned
+            found.is_whole = None if found.is_arriving else False
+            found.returned = None
+        elif gradient is not None and key in self._updated:
+            raise _second_gradient(found.parameter)
+
+    def _has_arrived(self, key: int) -> None:
+        found = self._watched[key]
+        if found.is_arriving and found.parameter.grad is not None:
+            found.arrived, found.is_arriving = (found.parameter.grad, found.parameter.grad._version), False
+
+    def _before_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._updated.clear()
         for found in self._watched.values():
             if found.arrived is None:
                 continue
             (gradient, version), found.arrived = found.arrived, None
-            if found.parameter.grad is not gradient or gradient._version != version:
+            if found.parameter.grad is not gradient or gradient._version != version or is_stepped_by_scaler():
                 raise ExecutionError(
-                    f"the gradient of {_described(found.parameter)} was changed between its backward pass and "
+                    f"the gradient of {_described(found.parameter)} is changed between its backward pass and "
                     "optimizer.step(), as clipping, torch.amp.GradScaler and accumulation do: compile the model "
                     f"{_WITHOUT}, or plan the whole step with olla.optimize_step"
                 )
             found.is_whole = True
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise ExecutionError(
-                f"torch.amp.GradScaler must see all gradients before a step: compile the model {_WITHOUT}"
-            )
 
 
 @dataclass(slots=True)
