@@ -224,6 +224,12 @@ class Loops(MlpTestCase):
 
         self.assert_training_same_as_eager(Sum(), self.call, left={"first", "second"})
 
+    def test_a_sparse_gradient_is_left_to_the_step(self) -> None:
+        model, x = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Linear(8, 4)), torch.tensor([1, 2, 3])
+        self.assert_training_same_as_eager(
+            model, lambda run: run(x).square().mean(), lambda parameters: SGD(parameters, lr=0.1), left={"0.weight"}
+        )
+
     def test_hooks_see_gradients(self) -> None:
         seen = []
         self.model[0].weight.register_hook(lambda gradient: seen.append(1))

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from olla.backend.optimizer import BackwardOptimizer
+from olla.capture.lower import tensors_of
 from olla.capture.trial import footprint
 from olla.capture.updates import chunks
 from olla.errors import CaptureError
@@ -50,8 +51,8 @@ def insert_updates(
     pairs: dict[int, list[tuple[Tensor, int]]] = {}
     for at, parameter in found:
         value = results[at].meta["val"]
-        whole = storage_key(value) not in shared and _layout(value) == _layout(parameter)
-        if id(parameter) in groups and id(parameter) not in changed and whole:
+        own = not value.is_sparse and storage_key(value) not in shared and _layout(value) == _layout(parameter)
+        if own and id(parameter) in groups and id(parameter) not in changed:
             pairs.setdefault(groups[id(parameter)], []).append((parameter, at))
     size = sum(parameter.nbytes for group in pairs.values() for parameter, _ in group)
     call = _call_of(BackwardOptimizer.of(optimizer))
@@ -100,14 +101,13 @@ def _call_of(optimizer: BackwardOptimizer) -> Callable[..., list[Tensor | None]]
 def _shared_storages(module: fx.GraphModule, results: Sequence[Any]) -> set[int]:
     """Storages of inputs, and those that more than one result is on."""
     inputs = [node for node in module.graph.nodes if node.op in ("placeholder", "get_attr")]
-    seen = {storage_key(node.meta["val"]) for node in inputs if isinstance(node.meta.get("val"), Tensor)}
+    seen = {storage_key(tensor) for node in inputs for tensor in tensors_of(node.meta.get("val"))}
     shared = set(seen)
     for node in results:
-        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor):
-            key = storage_key(node.meta["val"])
-            if key in seen:
-                shared.add(key)
-            seen.add(key)
+        if isinstance(node, fx.Node):
+            keys = {storage_key(tensor) for tensor in tensors_of(node.meta.get("val"))}
+            shared |= keys & seen
+            seen |= keys
     return shared
 
 
