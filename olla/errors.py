@@ -57,7 +57,7 @@ class InvalidBudgetError(OllaError):
 
 
 class InvalidOptionError(OllaError):
-    """An option of the backend of ``torch.compile`` is not known, or of the wrong type; the message says which are right."""
+    """An option of the backend of ``torch.compile`` is not known, or of the wrong type; the message names it."""
 
 
 class InvalidBuffersError(OllaError):
