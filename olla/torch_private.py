@@ -5,6 +5,7 @@ Works with torch 2.11 to 2.14. When a new release moves something, this is the f
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import logging
 import os
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
 from torch._C._distributed_c10d import ProcessGroup as ProcessGroup
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,6 +29,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch.amp import GradScaler
 from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -49,6 +52,7 @@ __all__ = [
     "bare_step",
     "boxed",
     "buffers_of",
+    "changed_inputs",
     "collective_device",
     "cpu_allocations",
     "dense_parts",
@@ -56,12 +60,17 @@ __all__ = [
     "fake_tensor",
     "flatten",
     "forget_source_with",
+    "gradient_inputs",
     "graph_being_traced",
+    "graph_task",
+    "has_gradient_hooks",
     "has_step_hooks",
     "identity",
     "inductor",
+    "input_position",
     "is_collective",
     "is_distributed",
+    "is_stepped_by_scaler",
     "is_tangent",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
@@ -73,6 +82,7 @@ __all__ = [
     "storage_key",
     "trace_fake",
     "unflatten",
+    "will_accumulate",
     "written_arguments",
 ]
 
@@ -229,6 +239,16 @@ def bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
+def is_stepped_by_scaler() -> bool:
+    """Whether ``GradScaler.step`` is among the callers, of one that scales."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is GradScaler.step.__code__:
+            return bool(frame.f_locals["self"].is_enabled())
+        frame = frame.f_back
+    return False
+
+
 def remove_step_hooks(optimizer: Optimizer) -> None:
     """Forget the hooks of this one optimizer."""
     vars(optimizer).update(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
@@ -317,6 +337,48 @@ def min_cut(joint: fx.GraphModule, inputs: Any, forward_outputs: int) -> tuple[f
 def is_tangent(placeholder: fx.Node) -> bool:
     """Whether an input of a joint graph is the gradient of an output of forward."""
     return str(placeholder.target).startswith("tangents")
+
+
+def input_position(placeholder: fx.Node) -> int | None:
+    """Which of the inputs that ``torch.compile`` gave, as they were given, an input of a joint graph is, if any."""
+    described = placeholder.meta["desc"]
+    return described.idx if isinstance(described, PlainAOTInput) else None
+
+
+def gradient_inputs(joint: fx.GraphModule, forward_outputs: int) -> dict[int, int]:
+    """Of each result of a joint graph that is a gradient, the :func:`input_position` that it is the gradient of."""
+    output = joint.graph.output_node()
+    results = zip(output.args[0], output.meta["desc"], strict=True)  # type: ignore[arg-type]
+    return {
+        at: found.grad_of.idx
+        for at, (result, found) in enumerate(results)
+        if at >= forward_outputs and isinstance(result, fx.Node) and isinstance(found.grad_of, PlainAOTInput)
+    }
+
+
+def changed_inputs(joint: fx.GraphModule, forward_outputs: int) -> set[int]:
+    """The positions of inputs that are given the value of a result when forward has run."""
+    results = joint.graph.output_node().meta["desc"][:forward_outputs]
+    found = [result.mutated_input for result in results if isinstance(result, InputMutationAOTOutput)]
+    return {described.idx for described in found if isinstance(described, PlainAOTInput)}
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread; -1 outside of one."""
+    return int(torch._C._current_graph_task_id())
+
+
+def will_accumulate(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that runs fills the ``.grad`` that ``node`` accumulates into."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad, which returns it instead
+        return False
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether code of users sees the gradient of ``parameter`` in a backward pass."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 @contextmanager

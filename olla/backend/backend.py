@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import SymInt, Tensor, fx
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from olla.backend.joint import Joint, joint_of
+from olla.backend.optimizer import BackwardOptimizer
 from olla.backend.split import split
+from olla.backend.updates import insert_updates, is_update
 from olla.capture.costs import estimated_seconds
-from olla.capture.lower import lower_module
+from olla.capture.lower import Lowered, lower_module
 from olla.capture.reuse import reuse
 from olla.errors import CaptureError, InvalidOptionError
 from olla.graph.check import verify
@@ -23,7 +27,7 @@ from olla.torch_private import aot_backend, boxed, flatten, min_cut
 
 __all__ = ["olla"]
 
-_KNOWN = ("memory_budget", "time_limit")
+_KNOWN = ("memory_budget", "time_limit", "optimizer")
 _CLOSE = 0.01  # of a peak: workspaces are estimates, so what saves less may save nothing
 
 
@@ -37,21 +41,28 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
     options
         ``memory_budget``: what forward and backward may hold at once, parameters and inputs included, in bytes
         (``"6GiB"``), or as a share of what they hold in eager PyTorch (``0.5``); what is not kept is computed again
-        in backward. ``time_limit``: seconds for planning.
+        in backward. ``time_limit``: seconds for planning. ``optimizer``: updates each parameter inside backward, as
+        soon as its gradient exists and nobody needs the parameter, from the second step on; ``optimizer.step()``
+        stays in the loop, and updates the others.
 
     Raises
     ------
     InvalidOptionError
-        For an option that is not known.
+        For an option that is not known, or an ``optimizer`` that is none.
     InvalidBudgetError
         If the budget cannot be read, or is not positive.
     CaptureError
-        If sizes depend on values of tensors. Those that are merely not fixed are: ``torch.compile`` compiles again.
+        If sizes depend on values of tensors (those that are merely not fixed are: ``torch.compile`` compiles again),
+        or the ``optimizer`` couples parameters, or holds none of those that a graph has gradients of.
     """
     for value in inputs:
         if isinstance(value, SymInt):
             int(value)  # which guards that it stays so
-    planner = _Planner(_options(options or {}))
+    given = dict(options or {})
+    optimizer = given.pop("optimizer", None)
+    if optimizer is not None:
+        BackwardOptimizer.of(optimizer)
+    planner = _Planner(_options(given), optimizer, inputs)
     compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
     return compiled
 
@@ -66,8 +77,10 @@ def _options(options: dict[str, Any]) -> Options:
 class _Planner:
     """What AOTAutograd calls with the graphs that it has traced."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, optimizer: Optimizer | None, inputs: Sequence[Any]) -> None:
         self._options = options
+        self._optimizer = optimizer
+        self._live = {position: value for position, value in enumerate(inputs) if isinstance(value, Parameter)}
 
     def partition(
         self, module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -75,6 +88,8 @@ class _Planner:
         """Forward and backward of a joint graph, in planned order."""
         _require_fixed_sizes(module)
         parts = min_cut(module, inputs, num_fwd_outputs)
+        if self._optimizer is not None:
+            insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
         joint = joint_of(module, num_fwd_outputs)
         found = self._planned(joint, parts)
         verify(joint.lowered.graph, Plan.of(joint.lowered.graph, found))
@@ -118,6 +133,17 @@ def _schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
     # What forward saves stands in backward under its name, too, as a placeholder.
     calls = ([node.name for node in part.graph.nodes if node.op == "call_function"] for part in parts)
     forward, backward = ([index[name] for name in names if name in index] for names in calls)
-    order = (*forward, joint.boundary, *backward)
+    order = _with_updates(joint.lowered, [*forward, joint.boundary, *backward])
     peak = peak_bytes(joint.lowered.graph, order)
     return Schedule(order, peak, 0, "min-cut partition", 0.0)
+
+
+def _with_updates(lowered: Lowered, order: list[int]) -> tuple[int, ...]:
+    """Each update right after the last op that touches what it touches."""
+    ops = lowered.graph.ops
+    for index, node in enumerate(lowered.nodes):
+        if is_update(node):
+            touched = set(ops[index].touches)
+            last = max(at for at, other in enumerate(order) if touched.intersection(ops[other].touches))
+            order.insert(last + 1, index)
+    return tuple(order)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import fx
 
+from olla.backend.updates import is_update, op_of_update
 from olla.capture.lower import Lowered, is_random, lower_module, tensors_of, writes_of
 from olla.capture.reuse import reuse
 from olla.graph.graph import Graph, Storage
@@ -54,18 +55,25 @@ def _lowered(module: fx.GraphModule, node: fx.Node, reused: Mapping[fx.Node, fx.
     graph, index = lowered.graph, lowered.nodes.index(node)
     storages, found = list(graph.storages), []
     handed_out = {*graph.ops[index].reads}
+    used_up: set[int] = set()
     before = {s for op in graph.ops[:index] for s in op.writes if storages[s].persistent}
+    boundary_state = -1
     for position, op in enumerate(graph.ops):
         once: tuple[int, ...] = ()
+        if is_update(lowered.nodes[position]):
+            used_up.update(s for s in op.reads if not storages[s].persistent)
+            op, state = op_of_update(op, lowered.nodes[position], len(storages), (boundary_state,))
+            storages.append(state)
         if position == index or handed_out.intersection(op.creates):  # it has happened: state that no repeat may change
             once = (len(storages),)
             storages.append(Storage(f"{op.name} has run", 0, persistent=True))
         if position == index:
+            boundary_state = once[0]
             # The caller draws random numbers, and sees inputs and buffers as forward has left them.
             op = replace(op, reads=tuple(s for s in op.reads if s not in before), writes=tuple(sorted(before)))
         op = replace(op, writes=op.writes + once, writes_once=())  # generators cannot be replayed across the boundary
         found.append(op)
-    graph = Graph(tuple(found), tuple(storages), graph.outputs)
+    graph = Graph(tuple(found), tuple(storages), tuple(s for s in graph.outputs if s not in used_up))
     return Joint(replace(lowered, graph=graph), index)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from olla.capture.trial import hyper_parameters, narrowed, separable
 from olla.errors import CaptureError
 from olla.torch_private import bare_step, has_step_hooks, is_wrapped_by_scheduler
 
-__all__ = ["UPDATE", "Update", "UpdateRecorder", "finish_step", "is_watched", "needs_closure"]
+__all__ = ["UPDATE", "Update", "UpdateRecorder", "chunks", "finish_step", "is_watched", "needs_closure"]
 
+Value = TypeVar("Value")
 Pair = tuple[Tensor, Tensor]  # a live parameter and the twin that stands for it while tracing
 
 _LIBRARY = torch.library.Library("olla", "DEF")
@@ -105,8 +106,8 @@ class UpdateRecorder:
                 result = closure() if closure is not None else None
             by_group = [[(p, traced[id(p)]) for p in g["params"] if traced[id(p)].grad is not None] for g in live]
             if one_by_one:
-                small = sum(p.nbytes for pairs in by_group for p, _ in pairs) // _SMALL
-                for chunk in (chunk for pairs in by_group for chunk in _chunks(pairs, small)):
+                size = sum(p.nbytes for pairs in by_group for p, _ in pairs)
+                for chunk in (chunk for pairs in by_group for chunk in chunks(pairs, size)):
                     self._record(optimizer, chunk, whole=False)
             else:
                 self._record(optimizer, [pair for pairs in by_group for pair in pairs], whole=True)
@@ -134,9 +135,13 @@ class UpdateRecorder:
 _SMALL = 200  # neighbours share an update while they are less than this part of all gradients
 
 
-def _chunks(pairs: Sequence[Pair], small: int) -> Iterator[list[Pair]]:
-    """Neighbours that are small together, so that a call of the optimizer is worth its overhead."""
-    chunk: list[Pair] = []
+def chunks(pairs: Sequence[tuple[Tensor, Value]], total: int) -> Iterator[list[tuple[Tensor, Value]]]:
+    """Neighbours that are small together, so that a call of the optimizer is worth its overhead.
+
+    ``pairs`` begin with parameters; ``total`` is the size of all gradients, in bytes.
+    """
+    small = total // _SMALL
+    chunk: list[tuple[Tensor, Value]] = []
     size = 0
     for pair in pairs:
         if chunk and size + pair[0].nbytes > small:
