@@ -364,7 +364,7 @@ def _kernels(nodes: Sequence[Any], inputs: Set[str], outputs: Set[str]) -> list[
     found = []
     for node in nodes:
         parts = OrderedSet([part.get_name() for part in node.get_nodes()])
-        late = [dep for dep in node.unmet_dependencies if isinstance(dep, WeakDep) and getattr(dep, "is_fake", False)]
+        late = [dep for dep in node.unmet_dependencies if isinstance(dep, WeakDep) and dep.is_fake]
         needs = {dep.name for dep in node.unmet_dependencies} - {dep.name for dep in late}
         needs |= {dep.name for dep in node.read_writes.reads if dep.name in inputs}
         buffers = []
@@ -375,7 +375,8 @@ def _kernels(nodes: Sequence[Any], inputs: Set[str], outputs: Set[str]) -> list[
                 allocated, freed = 0, 0  # it stays in registers
             of = [*buffer.get_mutations(), *buffer.get_aliases()]
             if freed and not allocated:
-                of = [dep.name for dep in node.unmet_dependencies if not sizes.get(dep.name, (0, 0))[1]]
+                given = [dep.name for dep in node.unmet_dependencies]
+                of = [whole for whole in given if sizes.get(whole, (0, 0))[0] and not sizes[whole][1]]
             buffers.append(Buffer(name, allocated, freed, tuple(of)))
         found.append(
             Kernel(node.get_name(), tuple(buffers), tuple(sorted(needs)), tuple(sorted({dep.name for dep in late})))

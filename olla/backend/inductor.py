@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,11 +13,14 @@ from olla.backend.joint import joint_of, require_fixed_sizes, schedule_of
 from olla.backend.kernels import ordered, peak_of
 from olla.backend.split import split
 from olla.capture.costs import estimated_seconds
+from olla.errors import InfeasibleError
 from olla.fit.budget import bytes_of
+from olla.fit.fitting import fitted
 from olla.graph.check import verify
 from olla.graph.lifetimes import eager_peak_bytes
 from olla.graph.plan import Plan
-from olla.planning import Options, closest
+from olla.order.schedule import schedule
+from olla.planning import Options
 from olla.run.emit import emit
 from olla.torch_private import Kernel, aot_backend, inductor_planned, is_tangent, min_cut, storage_key
 
@@ -96,12 +99,17 @@ class _Planner:
         return parts
 
     def _within(self, budget: int, module: fx.GraphModule, parts: Parts, forward_outputs: int) -> Parts:
+        """Inductor's parts, if they are within the budget though nothing is fused yet, or what comes closest to it."""
         joint = joint_of(module, forward_outputs, reusing=False)
-        graph = joint.lowered.graph
-        if self.persistent + schedule_of(joint, parts).peak_bytes <= budget:
+        graph, limit = joint.lowered.graph, self.options.time_limit
+        room = max(0, budget - self.persistent)
+        if schedule_of(joint, parts).peak_bytes <= room:
             return parts
-        options = replace(self.options, memory_budget=budget)
-        found = closest(graph, estimated_seconds(joint.lowered), options)
+        start, seconds = schedule(graph, time_limit=limit), estimated_seconds(joint.lowered)
+        try:
+            found = fitted(graph, start, seconds, room, time_limit=limit)
+        except InfeasibleError as error:  # fused, it may fit all the same
+            found = fitted(graph, start, seconds, error.best_bytes, time_limit=limit)
         verify(graph, Plan.of(graph, found))
         return split(emit(module, joint.lowered, found.order), forward_outputs)
 
