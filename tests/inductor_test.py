@@ -184,7 +184,8 @@ class Models(CompiledTestCase):
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=500, use_cache=False, **sizes))
         ids = torch.randint(0, 500, (4, 64))
-        self.check_both(model, lambda net: net(input_ids=ids, labels=ids).loss, ids.nbytes)
+        theirs, ours = self.check(model, lambda net: net(input_ids=ids, labels=ids).loss, None)
+        self.assertLessEqual(ours, theirs)
 
     def test_resnet18(self) -> None:
         model = torchvision.models.resnet18(num_classes=CLASSES)
