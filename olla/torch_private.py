@@ -11,8 +11,9 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ from torch.fx.graph_module import _loader
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "FUNCTIONAL_BATCH_NORM",
+    "Buffer",
     "FakeTensor",
+    "Kernel",
     "OpOverload",
     "ProcessGroup",
     "TorchDispatchMode",
@@ -67,6 +71,7 @@ __all__ = [
     "has_step_hooks",
     "identity",
     "inductor",
+    "inductor_planned",
     "input_position",
     "is_collective",
     "is_distributed",
@@ -295,6 +300,110 @@ def inductor(activation_memory_budget: float = 1.0) -> Callable[..., Any]:
     return backend
 
 
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """What a kernel of Inductor makes: bytes, another name for such, a tuple of tensors, or a part of one."""
+
+    name: str
+    allocated: int  # bytes, when the kernel runs: of a tuple, for all of its parts, whose own are 0
+    freed: int  # bytes, when nobody needs it any more; of tuples and other names 0
+    of: tuple[str, ...] = ()  # whose bytes it has, if these are not its own: buffers, inputs, the tuple
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is one of the tensors of a tuple."""
+        return self.freed > 0 and self.allocated == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One node of Inductor's scheduler after fusion: one call of the code that it will write."""
+
+    name: str
+    buffers: tuple[Buffer, ...]
+    needs: tuple[str, ...]  # the buffers and inputs that it reads or changes
+    follows: tuple[str, ...]  # the buffers whose kernels must run before, though it does not need their bytes
+
+
+Reorder = Callable[[Sequence[Kernel], Sequence[int], Set[str]], Sequence[int]]
+
+
+def inductor_planned(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any], reorder: Reorder
+) -> Callable[..., Any]:
+    """``module`` as Inductor compiles it, but for two decisions. Nothing of Inductor's configuration stays changed.
+
+    ``partition(joint, inputs, num_fwd_outputs=..., ...)`` divides a joint graph of Inductor's own operators.
+    ``reorder(kernels, inductors, outputs)`` gets the kernels of each part as they were traced, the order in which
+    Inductor would run them, and the names of the buffers that are returned; what it returns is the order they run in.
+
+    PyTorch does not keep such graphs on disk, because it cannot know what the two depend on; their kernels it does.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+    from torch._inductor.memory import reorder_for_peak_memory
+    from torch._inductor.virtualized import V
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            kwargs.pop("compiler", None)
+            return partition(gm, joint_inputs, **kwargs)
+
+        def uuid(self) -> None:
+            return None
+
+    def reordered(nodes: list[Any]) -> list[Any]:
+        scheduler = V.graph.scheduler
+        given, outputs = OrderedSet(V.graph.graph_inputs), OrderedSet(V.graph.get_output_names())
+        theirs = reorder_for_peak_memory(nodes, scheduler.name_to_buf, scheduler.name_to_fused_node, given, outputs)
+        position = {node: index for index, node in enumerate(nodes)}
+        order = reorder(_kernels(nodes, given, outputs), [position[node] for node in theirs], outputs)
+        return [nodes[index] for index in order]
+
+    found: Any = compile_fx(
+        module,
+        inputs,
+        config_patches={
+            "custom_partitioner_fn": Partitioner(),
+            "_post_fusion_custom_pass": reordered,
+            "reorder_for_peak_memory": False,
+        },
+    )
+    compiled: Callable[..., Any] = found
+    return compiled
+
+
+def _kernels(nodes: Sequence[Any], inputs: Set[str], outputs: Set[str]) -> list[Kernel]:
+    """What Inductor's scheduler knows of its nodes, by the rules of its own estimate of the peak."""
+    from torch._inductor.dependencies import WeakDep
+    from torch._inductor.memory import compute_size_for_scheduler_buffer
+    from torch._inductor.virtualized import V
+
+    scheduler = V.graph.scheduler
+    sizes = compute_size_for_scheduler_buffer(scheduler.name_to_buf)
+    found = []
+    for node in nodes:
+        parts = OrderedSet([part.get_name() for part in node.get_nodes()])
+        late = [dep for dep in node.unmet_dependencies if isinstance(dep, WeakDep) and dep.is_fake]
+        needs = {dep.name for dep in node.unmet_dependencies} - {dep.name for dep in late}
+        needs |= {dep.name for dep in node.read_writes.reads if dep.name in inputs}
+        buffers = []
+        for buffer in node.get_outputs():
+            name = buffer.get_name()
+            allocated, freed = sizes[name]
+            if len(parts) > 1 and name not in outputs and scheduler.can_buffer_be_removed_through_fusion(name, parts):
+                allocated, freed = 0, 0  # it stays in registers
+            of = [*buffer.get_mutations(), *buffer.get_aliases()]
+            if freed and not allocated:
+                given = [dep.name for dep in node.unmet_dependencies]
+                of = [whole for whole in given if sizes.get(whole, (0, 0))[0] and not sizes[whole][1]]
+            buffers.append(Buffer(name, allocated, freed, tuple(of)))
+        found.append(
+            Kernel(node.get_name(), tuple(buffers), tuple(sorted(needs)), tuple(sorted({dep.name for dep in late})))
+        )
+    return found
+
+
 def aot_backend(partition: Callable[..., Any], infer: Callable[..., Any]) -> Callable[..., Any]:
     """A backend of ``torch.compile`` whose graphs are of the operators that eager PyTorch runs: nothing is decomposed.
 
@@ -321,7 +430,9 @@ def boxed(module: fx.GraphModule, _inputs: Sequence[Any] = ()) -> Callable[[list
     return run
 
 
-def min_cut(joint: fx.GraphModule, inputs: Any, forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+def min_cut(
+    joint: fx.GraphModule, inputs: Any, forward_outputs: int, **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward as PyTorch divides them, backward with what it would run again.
 
     Calls keep their names. In ``joint`` itself equal calls become one, and dead ones go.
@@ -329,7 +440,7 @@ def min_cut(joint: fx.GraphModule, inputs: Any, forward_outputs: int) -> tuple[f
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     found: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
-        joint, inputs, num_fwd_outputs=forward_outputs
+        joint, inputs, num_fwd_outputs=forward_outputs, **options
     )
     return found
 

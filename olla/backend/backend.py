@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import SymInt, Tensor, fx
+from torch import SymInt, fx
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from olla.backend.joint import Joint, joint_of
+from olla.backend.inductor import compiled_by_inductor
+from olla.backend.joint import Joint, joint_of, require_fixed_sizes, schedule_of
 from olla.backend.optimizer import BackwardOptimizer
 from olla.backend.split import split
-from olla.backend.updates import insert_updates, is_update
+from olla.backend.updates import insert_updates
 from olla.capture.costs import estimated_seconds
-from olla.capture.lower import Lowered, lower_module
+from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
-from olla.errors import CaptureError, InvalidOptionError
+from olla.errors import InvalidOptionError
 from olla.graph.check import verify
-from olla.graph.lifetimes import peak_bytes
 from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
 from olla.planning import Options, closest
 from olla.run.emit import emit
-from olla.torch_private import aot_backend, boxed, flatten, min_cut
+from olla.torch_private import aot_backend, boxed, min_cut
 
 __all__ = ["olla"]
 
-_KNOWN = ("memory_budget", "time_limit", "optimizer")
+_KNOWN = ("memory_budget", "time_limit", "optimizer", "codegen")
+_CODEGENS = ("eager", "inductor")
 _CLOSE = 0.01  # of a peak: workspaces are estimates, so what saves less may save nothing
 
 
@@ -43,12 +44,14 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
         (``"6GiB"``), or as a share of what they hold in eager PyTorch (``0.5``); what is not kept is computed again
         in backward. ``time_limit``: seconds for planning. ``optimizer``: updates each parameter inside backward, as
         soon as its gradient exists and nobody needs the parameter, from the second step on; ``optimizer.step()``
-        stays in the loop, and updates the others.
+        stays in the loop, and updates the others. ``codegen``: ``"eager"``, for the operators and the bits of
+        eager PyTorch (the default), or ``"inductor"``, for the kernels of PyTorch Inductor.
 
     Raises
     ------
     InvalidOptionError
-        For an option that is not known, or an ``optimizer`` that is none.
+        For an option, or a ``codegen``, that is not known, an ``optimizer`` that is none, or one beside Inductor's
+        kernels.
     InvalidBudgetError
         If the budget cannot be read, or is not positive.
     CaptureError
@@ -59,10 +62,19 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
         if isinstance(value, SymInt):
             int(value)  # which guards that it stays so
     given = dict(options or {})
-    optimizer = given.pop("optimizer", None)
+    optimizer, codegen = given.pop("optimizer", None), given.pop("codegen", "eager")
+    known = _options(given)
     if optimizer is not None:
         BackwardOptimizer.of(optimizer)
-    planner = _Planner(_options(given), optimizer, inputs)
+    if codegen not in _CODEGENS:
+        raise InvalidOptionError(f"the backend has no codegen {codegen!r}: it knows {', '.join(_CODEGENS)}")
+    if codegen == "inductor":
+        if optimizer is not None:
+            raise InvalidOptionError(
+                "the backend has no updates inside backward with Inductor's kernels: leave 'optimizer' or 'codegen' out"
+            )
+        return compiled_by_inductor(module, inputs, known)
+    planner = _Planner(known, optimizer, inputs)
     compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
     return compiled
 
@@ -86,7 +98,7 @@ class _Planner:
         self, module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Forward and backward of a joint graph, in planned order."""
-        _require_fixed_sizes(module)
+        require_fixed_sizes(module)
         parts = min_cut(module, inputs, num_fwd_outputs)
         if self._optimizer is not None:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
@@ -97,7 +109,7 @@ class _Planner:
 
     def infer(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs a graph without a backward."""
-        _require_fixed_sizes(module)
+        require_fixed_sizes(module)
         lowered = lower_module(module)
         lowered = lower_module(module, reuse(lowered))
         found = schedule(lowered.graph, time_limit=self._options.time_limit)
@@ -110,40 +122,5 @@ class _Planner:
         found = closest(graph, seconds, self._options)
         if self._options.memory_budget is not None:
             return found
-        theirs = _schedule_of(joint, parts)
+        theirs = schedule_of(joint, parts)
         return found if found.peak_bytes < (1 - _CLOSE) * theirs.peak_bytes else theirs
-
-
-def _require_fixed_sizes(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        leaves, _ = flatten(node.meta.get("val"))
-        sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape]
-        if node.op == "call_function":
-            sizes += leaves
-        if any(isinstance(size, SymInt) for size in sizes):
-            raise CaptureError(
-                f"the size of {node.name!r} depends on values of tensors, and a plan is for fixed sizes: let "
-                "torch.compile break the graph there, as it does by default"
-            )
-
-
-def _schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
-    """The order in which forward and backward run as PyTorch has divided them."""
-    index = {node.name: op for op, node in enumerate(joint.lowered.nodes)}
-    # What forward saves stands in backward under its name, too, as a placeholder.
-    calls = ([node.name for node in part.graph.nodes if node.op == "call_function"] for part in parts)
-    forward, backward = ([index[name] for name in names if name in index] for names in calls)
-    order = _with_updates(joint.lowered, [*forward, joint.boundary, *backward])
-    peak = peak_bytes(joint.lowered.graph, order)
-    return Schedule(order, peak, 0, "min-cut partition", 0.0)
-
-
-def _with_updates(lowered: Lowered, order: list[int]) -> tuple[int, ...]:
-    """Each update right after the last op that touches what it touches."""
-    ops = lowered.graph.ops
-    for index, node in enumerate(lowered.nodes):
-        if is_update(node):
-            touched = set(ops[index].touches)
-            last = max(at for at, other in enumerate(order) if touched.intersection(ops[other].touches))
-            order.insert(last + 1, index)
-    return tuple(order)

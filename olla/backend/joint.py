@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import fx
+from torch import SymInt, Tensor, fx
 
 from olla.backend.updates import is_update, op_of_update
 from olla.capture.lower import Lowered, is_random, lower_module, tensors_of, writes_of
 from olla.capture.reuse import reuse
+from olla.errors import CaptureError
 from olla.graph.graph import Graph, Storage
-from olla.torch_private import is_tangent, storage_key
+from olla.graph.lifetimes import peak_bytes
+from olla.graph.plan import Schedule
+from olla.torch_private import flatten, is_tangent, storage_key
 
-__all__ = ["Joint", "boundary", "joint_of"]
+__all__ = ["Joint", "boundary", "joint_of", "require_fixed_sizes", "schedule_of"]
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,17 @@ def boundary(*_outputs: object) -> tuple[object, ...]:
     raise NotImplementedError
 
 
-def joint_of(module: fx.GraphModule, forward_outputs: int) -> Joint:
+def joint_of(module: fx.GraphModule, forward_outputs: int, *, reusing: bool = True) -> Joint:
     """Put the boundary into ``module``, a joint graph that begins its outputs with ``forward_outputs`` of forward.
 
     Program order is forward as far as its outputs need it, the boundary, and the rest. Results are written over
     inputs that die in backward alone: what forward saves belongs to autograd, and what runs again needs its inputs.
+    Without ``reusing``, the calls stay as they are.
     """
     node = _with_boundary(module, forward_outputs)
     joint = _lowered(module, node, {})
+    if not reusing:
+        return joint
     graph, after = joint.lowered.graph, _descendants(joint.lowered.graph, joint.boundary)
     spoken_for = (s for op, found in zip(graph.ops, after, strict=True) if not found for s in op.creates)
     kept = replace(graph, outputs=tuple({*graph.outputs, *spoken_for}))
@@ -134,3 +140,39 @@ def _descendants(graph: Graph, op: int) -> list[bool]:
     for index, before in enumerate(graph.predecessors):
         found[index] = op in before or any(found[other] for other in before)
     return found
+
+
+def require_fixed_sizes(module: fx.GraphModule) -> None:
+    """Raise :class:`CaptureError` if a size is not known when the graph is compiled."""
+    for node in module.graph.nodes:
+        leaves, _ = flatten(node.meta.get("val"))
+        sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape]
+        if node.op == "call_function":
+            sizes += leaves
+        if any(isinstance(size, SymInt) for size in sizes):
+            raise CaptureError(
+                f"the size of {node.name!r} depends on values of tensors, and a plan is for fixed sizes: let "
+                "torch.compile break the graph there, as it does by default"
+            )
+
+
+def schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
+    """The order in which forward and backward run as PyTorch has divided them."""
+    index = {node.name: op for op, node in enumerate(joint.lowered.nodes)}
+    # What forward saves stands in backward under its name, too, as a placeholder.
+    calls = ([node.name for node in part.graph.nodes if node.op == "call_function"] for part in parts)
+    forward, backward = ([index[name] for name in names if name in index] for names in calls)
+    order = _with_updates(joint.lowered, [*forward, joint.boundary, *backward])
+    peak = peak_bytes(joint.lowered.graph, order)
+    return Schedule(order, peak, 0, "min-cut partition", 0.0)
+
+
+def _with_updates(lowered: Lowered, order: list[int]) -> tuple[int, ...]:
+    """Each update right after the last op that touches what it touches."""
+    ops = lowered.graph.ops
+    for index, node in enumerate(lowered.nodes):
+        if is_update(node):
+            touched = set(ops[index].touches)
+            last = max(at for at, other in enumerate(order) if touched.intersection(ops[other].touches))
+            order.insert(last + 1, index)
+    return tuple(order)
