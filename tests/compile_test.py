@@ -381,7 +381,9 @@ class Budgets(CompiledTestCase):
             self.assert_same(step(), eager_step(), f"step {number}")
             self.assert_same(planned.state_dict(), eager.state_dict(), f"state after step {number}")
         persistent = x.nbytes + sum(parameter.nbytes for parameter in model.parameters())
-        self.assertLessEqual(persistent + self.peak_of(step), 0.6 * (persistent + self.peak_of(eager_step)))
+        # Before 2.13, AOTAutograd holds the gradient of the output, which eager PyTorch drops, until backward ends.
+        held = 512 * CLASSES * 4 if torch.__version__ < (2, 13) else 0
+        self.assertLessEqual(persistent + self.peak_of(step) - held, 0.6 * (persistent + self.peak_of(eager_step)))
 
     def test_batch_norms_are_run_again_and_count_once(self) -> None:
         blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()) for _ in range(4)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import olla
-from olla.capture.trial import footprint, separable
+from olla.capture.trial import Footprint, footprint, separable
 from olla.capture.updates import UpdateRecorder
 
 
@@ -74,6 +74,26 @@ class SignOfMomentum(optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["beta"])
                 parameter.add_(state["momentum"].sign(), alpha=-group["lr"])
+
+
+class Accumulating(optim.Optimizer):
+    """A third-party optimizer that has its state from the start."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"steps": torch.zeros(()), "sum": torch.full_like(parameter, 0.5)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["steps"] += 1
+                    state["sum"].addcmul_(parameter.grad, parameter.grad)
+                    parameter.addcdiv_(parameter.grad, state["sum"].sqrt() * state["steps"], value=-group["lr"])
 
 
 def images() -> Tensor:
@@ -145,6 +165,17 @@ class OptimizersTest(EagerTestCase):
 
     def test_third_party(self) -> None:
         self.check(lambda p: SignOfMomentum(p, lr=0.01))
+
+    def test_third_party_with_state_from_the_start(self) -> None:
+        self.check(Accumulating)
+
+    def test_state_from_the_start_has_no_bytes_on_meta(self) -> None:
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                matrix = nn.Parameter(torch.randn(10, 20))
+                optimizer = Accumulating([matrix, nn.Parameter(torch.randn(()))])
+                self.assertTrue(separable(optimizer))
+                self.assertEqual(footprint(optimizer, matrix), Footprint(state=804, workspace=1600))
 
     def test_sparse_gradients(self) -> None:
         for make in (optim.SparseAdam, lambda p: optim.SGD(p, lr=0.1)):

@@ -35,6 +35,19 @@ class SmokeTest(EagerTestCase):
             self.assertTrue(measured.exact, (measured.peak_bytes, measured.planned_bytes, step._current.not_executed))
             self.assertEqual((measured.arena.missed, measured.arena.escapes), (0, 0))
 
+    def test_a_budget_is_kept_and_the_numbers_stay(self) -> None:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.LayerNorm(32)) for _ in range(6)]
+
+        def rows() -> Tensor:
+            return torch.randn(512, 32)
+
+        step = self.assert_training_same(nn.Sequential(*blocks), rows, memory_budget=0.5)
+        measured, persistent = step.measure(rows()), step.plan.persistent_bytes
+        self.assertTrue(measured.exact, (measured.peak_bytes, measured.planned_bytes))
+        self.assertGreater(len(step.plan.order), len(set(step.plan.order)))  # some run again
+        self.assertLessEqual(persistent + measured.peak_bytes, 0.5 * (persistent + measured.baseline_peak_bytes))
+
     def test_a_transformer_infers_as_in_eager_pytorch(self) -> None:
         torch.manual_seed(0)
         model = nn.Transformer(32, 2, 1, 1, 64)

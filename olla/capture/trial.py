@@ -6,10 +6,10 @@ import copy
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ _PRIMES = (101, 53, 7, 5, 3)  # sizes of tiny dimensions, all different, so that
 _PER_GROUP = 3
 # What an optimizer may raise that wants something tiny dense gradients are not.
 _REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+_State = Mapping[Tensor, dict[Any, Any]]  # that of an optimizer, by parameter
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,43 +61,59 @@ def separable(optimizer: Optimizer) -> bool:
 
     Three steps with gradients of very different size, so that a clipping by a norm over all would show.
     """
-    with _isolated(optimizer):
-        groups = [{**group, "params": group["params"][:_PER_GROUP]} for group in optimizer.param_groups]
-        joint, single = _Trial.of(optimizer, groups), _Trial.of(optimizer, groups)
+    groups = [{**group, "params": group["params"][:_PER_GROUP]} for group in optimizer.param_groups]
+
+    def same(state: _State) -> bool:
+        joint, single = _Trial.of(optimizer, groups, state), _Trial.of(optimizer, groups, state)
         generator = torch.Generator().manual_seed(0)
-        try:
-            for scale in (1.0, 1e4, 1e-4):
-                gradients = [_random(p.shape, generator).mul_(scale).to(p) for p in joint.parameters]
-                for trial in (joint, single):
-                    trial.set_gradients(gradients)
-                joint.step()
-                for parameter in reversed(single.parameters):
-                    with narrowed(single.optimizer, (parameter,)):
-                        single.step()
-                single.step_without_parameters()
-            return joint.moved and joint.equals(single)
-        except _REFUSALS:
-            return False
+        for scale in (1.0, 1e4, 1e-4):
+            gradients = [_random(p.shape, generator).mul_(scale).to(p) for p in joint.parameters]
+            for trial in (joint, single):
+                trial.set_gradients(gradients)
+            joint.step()
+            for parameter in reversed(single.parameters):
+                with narrowed(single.optimizer, (parameter,)):
+                    single.step()
+            single.step_without_parameters()
+        return joint.moved and joint.equals(single)
+
+    return _tried(optimizer, same) or False
 
 
 def footprint(optimizer: Optimizer, parameter: Tensor) -> Footprint:
     """The footprint of updating ``parameter``: of its live state, if there is one, else as tried out."""
-    with _isolated(optimizer):
-        trial = _Trial.of(optimizer, [{**_group_of(optimizer, parameter), "params": [parameter]}])
+    group = {**_group_of(optimizer, parameter), "params": [parameter]}
+    live = optimizer.state.get(parameter, {})
+
+    def measured(state: _State) -> Footprint:
+        trial = _Trial.of(optimizer, [group], state)
         tiny = trial.parameters[0]
-        try:
-            trial.set_gradients([torch.ones_like(tiny)])
+        trial.set_gradients([torch.ones_like(tiny)])
+        trial.step()
+        with _PeakOfNewTensors() as new:
             trial.step()
-            with _PeakOfNewTensors() as new:
-                trial.step()
-        except _REFUSALS:
-            return Footprint(_state_bytes(optimizer.state.get(parameter, {}), {}), 0)  # the rest is not known
-    real_size = dict(zip(tiny.shape, parameter.shape, strict=True))
-    state = optimizer.state.get(parameter)
-    return Footprint(
-        state=_state_bytes(state, {}) if state else _state_bytes(trial.optimizer.state[tiny], real_size),
-        workspace=round(new.peak / max(1, tiny.nbytes) * parameter.nbytes),
-    )
+        real_size = dict(zip(tiny.shape, parameter.shape, strict=True))
+        return Footprint(
+            state=_state_bytes(live, {}) if live else _state_bytes(trial.optimizer.state[tiny], real_size),
+            workspace=round(new.peak / max(1, tiny.nbytes) * parameter.nbytes),
+        )
+
+    return _tried(optimizer, measured) or Footprint(_state_bytes(live, {}), 0)  # the rest is not known
+
+
+def _tried(optimizer: Optimizer, trial: Callable[[_State], T]) -> T | None:
+    """What a trial tells of parameters without state, else of some with the live state; None if both are refused.
+
+    An optimizer that makes state in its constructor (Adagrad before torch 2.12) refuses parameters that have none.
+    """
+    states: tuple[_State, ...] = ({}, optimizer.state)
+    with _isolated(optimizer):
+        for state in states:
+            try:
+                return trial(state)
+            except _REFUSALS:
+                continue
+    return None
 
 
 class _Trial:
@@ -106,8 +125,11 @@ class _Trial:
         self._first = [parameter.detach().clone() for parameter in self.parameters]
 
     @classmethod
-    def of(cls, optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> _Trial:
-        """A trial of ``optimizer`` with as many parameters as ``groups`` hold, of as many dimensions."""
+    def of(cls, optimizer: Optimizer, groups: Sequence[dict[str, Any]], state: _State) -> _Trial:
+        """A trial of ``optimizer`` with as many parameters as ``groups`` hold, of as many dimensions.
+
+        Of these parameters' ``state``, each gets a tiny likeness.
+        """
         twin = object.__new__(type(optimizer))  # not copy.copy, which leaves attributes behind
         vars(twin).update({name: _own_copy(value) for name, value in vars(optimizer).items()})
         remove_step_hooks(twin)
@@ -117,6 +139,10 @@ class _Trial:
             {**copy.deepcopy(hyper_parameters(group)), "params": [_tiny(p, generator) for p in group["params"]]}
             for group in groups
         ]
+        for group, twins in zip(groups, twin.param_groups, strict=True):
+            for parameter, tiny in zip(group["params"], twins["params"], strict=True):
+                if parameter in state:
+                    twin.state[tiny] = {name: _alike(v, parameter, tiny) for name, v in state[parameter].items()}
         for group in twin.param_groups:
             if group.get("lr") == 0:  # as at the start of a warm-up, where nothing would show
                 group["lr"] = 1e-3
@@ -152,17 +178,32 @@ class _Trial:
 
 @contextmanager
 def _isolated(optimizer: Optimizer) -> Iterator[None]:
-    """Let a trial neither see real gradients nor draw from the real random generators."""
+    """Let a trial see no real gradients, draw from no real random generator, and make no tensor without bytes."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
-        with real_tensors(), torch.random.fork_rng(devices=[]):
+        default = torch.get_default_device()
+        with (
+            real_tensors(),
+            torch.device("cpu" if default.type == "meta" else default),
+            torch.random.fork_rng(devices=[]),
+        ):
             yield
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def _alike(value: Any, parameter: Tensor, tiny: Tensor) -> Any:
+    """An entry of the state of ``parameter``, for ``tiny``: of its shape, if it was of the parameter's."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    of_tiny = value.shape == parameter.shape
+    if _is_abstract(value):
+        return torch.zeros(tiny.shape if of_tiny else value.shape, dtype=value.dtype, device=_real_device(value))
+    return tiny.new_full(tiny.shape, value.flatten()[0].item(), dtype=value.dtype) if of_tiny else value.clone()
 
 
 def _own_copy(value: Any) -> Any:
@@ -197,9 +238,16 @@ def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 
 def _tiny(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    abstract = parameter.is_meta or isinstance(parameter, FakeTensor)
-    device = torch.device("cpu") if abstract else parameter.device
-    return _random(_PRIMES[: parameter.dim()], generator).to(device, parameter.dtype).requires_grad_()
+    shape = _PRIMES[: parameter.dim()]
+    return _random(shape, generator).to(_real_device(parameter), parameter.dtype).requires_grad_()
+
+
+def _is_abstract(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _real_device(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if _is_abstract(tensor) else tensor.device
 
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
