@@ -3,9 +3,9 @@
 The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
 again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
 greedily (``repair.py``) for several weights of time against bytes. Where that is not as good as the bound, moments at
-which such a sequence needs too much are looked at together with the dearest one (``joint.py``), which gives more starts
-and a higher bound. The cheapest one is improved, by leaving out some of its repeats, or putting in others, and repairing
-it again, until it is as good as the bound.
+which such a sequence needs too much are looked at together with the dearest one (``joint.py``), which gives more
+starts and a higher bound. The cheapest one is improved, by leaving out some of its repeats, or putting in others, and
+repairing it again, until it is as good as the bound.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.

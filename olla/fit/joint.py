@@ -7,9 +7,9 @@ first runs of some ops, which precede one another, and each content is made, kep
 - what is there at its end was there at its beginning, or was made or loaded in it;
 - at each moment, what is there fits beside the op.
 
-An op that must first run in one interval, because of the ops it depends on and those that depend on it, runs there; others
-run in one that may be chosen. So the bound holds for every order, as that of one moment does. In a given order every
-first run is known, and the solution is a start for the planner.
+An op that must first run in one interval, because of the ops it depends on and those that depend on it, runs there;
+others run in one that may be chosen. So the bound holds for every order, as that of one moment does. In a given order
+every first run is known, and the solution is a start for the planner.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def jointly(moments: Moments, ops: Integers, budget: int, order: Integers | None
     first, last = _windows(before, ops)
     spans = [(begin, end) for begin in range(1, count) for end in range(begin, count)]  # of intervals
 
-    # Columns: what runs in each interval, what is kept at each moment, and, for each span, what runs or is loaded in it.
+    # Columns: what runs in each interval, is kept at each moment, is loaded; and what runs or is loaded in each span.
     long = [span for span in spans if span[0] < span[1]]
     shape = [count * makers, number * contents, number * contents, len(long) * makers, len(long) * contents]
     parts = np.split(np.arange(sum(shape)), np.cumsum(shape)[:-1])
@@ -93,9 +93,7 @@ def jointly(moments: Moments, ops: Integers, budget: int, order: Integers | None
             lowest[running[(first >= begin) & (last <= end)]] = 1
             rows.add(0, np.inf, (runs[begin : end + 1].T, 1), (running, -1))
             rows.add(0, np.inf, (loads[begin - 1 : end].T, 1), (loading, -1))
-        rows.add(
-            0, np.inf, (running[made], 1), (there[needed], 1), (loading[needed], 1), (running[moments.reader], -1)
-        )
+        rows.add(0, np.inf, (running[made], 1), (there[needed], 1), (loading[needed], 1), (running[moments.reader], -1))
         if end == number:
             rows.add(1, np.inf, (running[program.maker[outputs]], 1), (there[outputs], 1), (loading[outputs], 1))
 

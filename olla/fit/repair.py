@@ -248,7 +248,9 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
                 if there[storage] and first < program.maker_start[storage + 1]:
                     there[storage] = kept[passed, first + version[storage] - 1]
             passed += 1
-        for target in _targets(program, order[position], passed < len(places) and position == places[passed], kept[passed % len(places)]):
+        for target in _targets(
+            program, order[position], passed < len(places) and position == places[passed], kept[passed % len(places)]
+        ):
             is_content = target >= program.loads
             stack = [target]
             if is_content:
@@ -295,13 +297,15 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
 
 
 @njit(cache=True)
-def _targets(program: Program, op: int, is_place: bool, kept: Booleans) -> list[int]:
+def _targets(program: Program, op: int, is_place: bool, kept: Booleans) -> Integers:
     """What to run next: loads of what is to be kept beside ``op``, if that is a place, and then ``op``."""
+    targets = np.empty(len(kept) + 1, np.int64)
     touched = program.storage[program.start[op] : program.start[op + 1]]
-    targets = [np.int64(0) for _ in range(0)]
+    length = 0
     for content in np.flatnonzero(kept) if is_place else np.flatnonzero(kept)[:0]:
         storage = program.storage[program.start[program.loads + content]]
         if program.sizes[storage] > 0 and not np.any(touched == storage):
-            targets.append(program.loads + content)
-    targets.append(op)
-    return targets
+            targets[length] = program.loads + content
+            length += 1
+    targets[length] = op
+    return targets[: length + 1]
