@@ -2,10 +2,10 @@
 
 The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
 again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
-greedily (``repair.py``) for several weights of time against bytes. Where that is not as good as the bound, moments at
-which such a sequence needs too much are looked at together with the dearest one (``joint.py``), which gives more
-starts and a higher bound. The cheapest one is improved, by leaving out some of its repeats, or putting in others, and
-repairing it again, until it is as good as the bound.
+greedily (``repair.py``) for several weights of time against bytes. The cheapest one is improved, by leaving out some of
+its repeats, or putting in others, and repairing it again, until it is as good as the bound. Where it is not, moments at
+which such a sequence needs too much are looked at together with the dearest one (``joint.py``), which gives more starts
+and a higher bound, and the cheapest one is improved once more.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.
@@ -121,8 +121,11 @@ class Fitting:
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
-        bound = self._several(budget_bytes, moment, deadline)
-        self._improve(budget_bytes, bound, deadline)
+        bound, draw = moment.seconds, np.random.default_rng(0)
+        self._improve(budget_bytes, bound, deadline, draw)
+        if self._cheapest(budget_bytes)[0] > bound + _OPEN * self._once and self._program.loads <= _MANY:
+            bound = self._several(budget_bytes, moment, deadline)
+            self._improve(budget_bytes, bound, deadline, draw)
         extra, peak, sequence = self._cheapest(budget_bytes)
         order, spills = spilled(self._program, completed(self._program, sequence)[0])
         exact = peak_bytes(self._graph, order, spills)
@@ -178,8 +181,6 @@ class Fitting:
         They are the dearest one and those that exceed the budget most in what the ones before lead to.
         """
         program, bound = self._program, moment.seconds
-        if program.loads > _MANY or self._cheapest(budget_bytes)[0] <= bound + _OPEN * self._once:
-            return bound
         for order, is_free in product(self._orders, (True, False)):
             place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
             given = None if is_free else completed(program, order)[0]
@@ -219,9 +220,8 @@ class Fitting:
         most = int(np.argmax(excess))
         return int(first[most]) if excess[most] > 0 else None
 
-    def _improve(self, budget_bytes: int, bound: float, deadline: float) -> None:
+    def _improve(self, budget_bytes: int, bound: float, deadline: float, draw: np.random.Generator) -> None:
         """Leave out some repeats of the cheapest sequence, or put in others, and repair it again and again."""
-        draw = np.random.default_rng(0)
         cost, _, sequence = self._cheapest(budget_bytes)
         for trial in range(_TRIALS):
             if self._is_settled(budget_bytes, bound) or time.perf_counter() > deadline:
