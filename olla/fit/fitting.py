@@ -3,7 +3,9 @@
 The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
 again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
 greedily (``repair.py``) for several weights of time against bytes. The cheapest one is improved, by leaving out some of
-its repeats, or putting in others, and repairing it again, until it is as good as the bound.
+its repeats, or putting in others, and repairing it again, until it is as good as the bound. Where it is not, moments at
+which such a sequence needs too much are looked at together with the dearest one (``joint.py``), which gives more starts
+and a higher bound, and the cheapest one is improved once more.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.
@@ -13,10 +15,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
 from olla.errors import InfeasibleError
+from olla.fit.joint import jointly
 from olla.fit.moment import Kept, Moments
 from olla.fit.program import as_sequence, completed, program_of, simulated, spilled, with_loads
 from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, state, unrolled, waiting
@@ -31,6 +35,9 @@ __all__ = ["Fitting", "fitted"]
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
 _MOMENTS = 24  # that are looked at
+_TOGETHER = 4  # that are looked at together
+_OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
+_MANY = 1_500  # ops, for programs of several moments to stay small
 _CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
 _SETTLED = 1e-3  # of all seconds: as good as the bound
 _TRIALS = 150  # to improve a sequence
@@ -106,7 +113,7 @@ class Fitting:
         if budget_bytes >= self._floor:
             moment = self._dearest(budget_bytes)
             for _ in self._attempts(budget_bytes, moment):
-                if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
+                if self._is_settled(budget_bytes, moment.seconds) or time.perf_counter() > deadline:
                     break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
             raise InfeasibleError(
@@ -114,7 +121,11 @@ class Fitting:
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
-        self._improve(budget_bytes, moment, deadline)
+        bound, draw = moment.seconds, np.random.default_rng(0)
+        self._improve(budget_bytes, bound, deadline, draw)
+        if self._cheapest(budget_bytes)[0] > bound + _OPEN * self._once and self._program.loads <= _MANY:
+            bound = self._several(budget_bytes, moment, deadline)
+            self._improve(budget_bytes, bound, deadline, draw)
         extra, peak, sequence = self._cheapest(budget_bytes)
         order, spills = spilled(self._program, completed(self._program, sequence)[0])
         exact = peak_bytes(self._graph, order, spills)
@@ -127,7 +138,7 @@ class Fitting:
             time.perf_counter() - started,
             spills,
             extra,
-            min(extra, moment.seconds),
+            min(extra, bound),
         )
 
     def _dearest(self, budget_bytes: int) -> Kept:
@@ -158,18 +169,62 @@ class Fitting:
                 break
             for order in self._orders:
                 place = int(np.flatnonzero(order == moment.op)[0])
-                sequence = unrolled(self._program, order, place, kept.contents, kept.loaded)
+                sequence = unrolled(self._program, order, np.array([place]), kept.contents[None], kept.loaded[None])
                 if len(sequence):
                     yield sequence
         if self._can_spill and (spills := belady(self._graph, self._start.order, budget_bytes)):
             yield with_loads(self._program, self._start.order, spills)
 
-    def _improve(self, budget_bytes: int, moment: Kept, deadline: float) -> None:
+    def _several(self, budget_bytes: int, moment: Kept, deadline: float) -> float:
+        """Repair what is best at several moments, in any order and in each of the known ones; returns the bound.
+
+        They are the dearest one and those that exceed the budget most in what the ones before lead to.
+        """
+        program, bound = self._program, moment.seconds
+        for order, is_free in product(self._orders, (True, False)):
+            place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
+            given = None if is_free else completed(program, order)[0]
+            ops, contents, loaded = np.array([moment.op]), moment.contents[None], moment.loaded[None]
+            while not self._is_settled(budget_bytes, bound) and time.perf_counter() < deadline:
+                sequence = unrolled(program, order, place[ops], contents, loaded)
+                if len(sequence) == 0:
+                    break
+                if len(ops) > 1:
+                    for power in _POWERS:
+                        self._repair(sequence, budget_bytes, power)
+                more = self._fullest(sequence, ops, budget_bytes, is_free=is_free)
+                if more is None or len(ops) == _TOGETHER:
+                    break
+                ops = np.append(ops, more)
+                ops = ops[np.argsort(place[ops])]
+                _, seconds, contents, loaded = jointly(self._moments, ops, budget_bytes, given)
+                if is_free:
+                    bound = max(bound, seconds)
+                if len(contents) == 0:
+                    break
+        return bound
+
+    def _fullest(self, sequence: Integers, ops: Integers, budget_bytes: int, *, is_free: bool) -> int | None:
+        """The op, none of ``ops``, whose first run exceeds the budget most; None: none does.
+
+        If it ``is_free`` when ops run, it must come before or after each of them in every order.
+        """
+        whole, _ = completed(self._program, sequence)
+        first, position = np.unique(whole, return_index=True)
+        excess = simulated(self._program, whole)[1][position] - budget_bytes
+        excess[(first >= self._program.loads) | np.isin(first, [*ops, *self._program.late])] = 0
+        if is_free:
+            before = self._moments.before
+            ordered = self._moments.turns & np.all(before[ops] | before[:, ops].T, axis=0)
+            excess[~np.isin(first, np.flatnonzero(ordered))] = 0
+        most = int(np.argmax(excess))
+        return int(first[most]) if excess[most] > 0 else None
+
+    def _improve(self, budget_bytes: int, bound: float, deadline: float, draw: np.random.Generator) -> None:
         """Leave out some repeats of the cheapest sequence, or put in others, and repair it again and again."""
-        draw = np.random.default_rng(0)
         cost, _, sequence = self._cheapest(budget_bytes)
         for trial in range(_TRIALS):
-            if self._is_settled(budget_bytes, moment) or time.perf_counter() > deadline:
+            if self._is_settled(budget_bytes, bound) or time.perf_counter() > deadline:
                 break
             changed = self._with_another(sequence, draw) if draw.random() < 1 / 3 else self._with_less(sequence, draw)
             self._repair(changed, budget_bytes, float(draw.choice(_POWERS)))
@@ -221,9 +276,9 @@ class Fitting:
     def _cheapest(self, budget_bytes: int) -> tuple[float, int, Integers]:
         return min((found for found in self._found if found[1] <= budget_bytes), key=lambda found: found[:2])
 
-    def _is_settled(self, budget_bytes: int, moment: Kept) -> bool:
+    def _is_settled(self, budget_bytes: int, bound: float) -> bool:
         """Whether something fits that is as good as the bound."""
-        limit = moment.seconds + _SETTLED * self._once
+        limit = bound + _SETTLED * self._once
         return any(extra <= limit and peak <= budget_bytes for extra, peak, _ in self._found)
 
     def _repair(self, sequence: Integers, budget_bytes: int, power: float) -> int:

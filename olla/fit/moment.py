@@ -39,19 +39,21 @@ class Moments:
     """The moments of a program whose ops, and then its loads, take ``seconds``; a load may take infinitely long."""
 
     def __init__(self, program: Program, seconds: Floats) -> None:
-        self._program, self._count = program, program.loads
-        self._of_op, self._of_load = seconds[: self._count], seconds[self._count :]
-        self._storage = np.repeat(np.arange(len(program.sizes)), np.diff(program.maker_start))  # of each content
+        self.program, self._count = program, program.loads
+        self.of_op, self.of_load = seconds[: self._count], seconds[self._count :]
+        self.storage = np.repeat(np.arange(len(program.sizes)), np.diff(program.maker_start))  # of each content
         owner = np.repeat(np.arange(len(program.start) - 1), np.diff(program.start))
         is_made = np.diff(program.maker_start)[program.storage] > 0
         needs = is_made & (program.kind != CREATES) & (program.kind != LOADS)
-        self._reader = owner[needs]
-        self._needed = (program.maker_start[program.storage] + program.version - 1)[needs]  # a content, by its reader
-        self._runs_once = np.zeros(self._count, np.bool_)
-        self._runs_once[owner[~is_made & (program.kind == WRITES)]] = True
-        self._before = self._precedence()
+        self.reader = owner[needs]
+        self.needed = (program.maker_start[program.storage] + program.version - 1)[needs]  # a content, by its reader
+        self.runs_once = np.zeros(self._count, np.bool_)
+        self.runs_once[owner[~is_made & (program.kind == WRITES)]] = True
+        first, end = program.maker_start[program.outputs], program.maker_start[program.outputs + 1]
+        self.outputs = end[first < end] - 1  # contents that the caller wants
+        self.before = self._precedence()
         early = np.setdiff1d(np.arange(self._count), program.late)
-        self.turns: Booleans = np.any(self._before[early], axis=0)  # of each op: whether early ops depend on it
+        self.turns: Booleans = np.any(self.before[early], axis=0)  # of each op: whether early ops depend on it
 
     def dearest(self, ops: Integers, budget: int) -> Kept:
         """The best choice at that one of ``ops`` whose moment costs most, as linear programs judge."""
@@ -64,22 +66,22 @@ class Moments:
 
     def _solved(self, op: int, budget: int, *, integer: bool) -> Kept:
         """Three variables for each content: its maker runs again, it is kept, it is loaded."""
-        program, count = self._program, len(self._storage)
-        before, after = self._before[op], self._before[:, op]
-        there, is_touched = self._left_behind(op)
+        program, count = self.program, len(self.storage)
+        before, after = self.before[op], self.before[:, op]
+        there, is_touched = self.left_behind(op)
         room = budget - int(program.workspace[op] + program.sizes[is_touched].sum())
 
-        again = ~after & ~(before & self._runs_once)
+        again = ~after & ~(before & self.runs_once)
         again[op] = False
-        upper = np.concatenate([again, ~is_touched[self._storage], np.isfinite(self._of_load)]).astype(float)
-        cost = np.concatenate([np.where(before, self._of_op, 0.0), np.zeros(count), self._of_load])
+        upper = np.concatenate([again, ~is_touched[self.storage], np.isfinite(self.of_load)]).astype(float)
+        cost = np.concatenate([np.where(before, self.of_op, 0.0), np.zeros(count), self.of_load])
         cost[~np.isfinite(cost)] = 0.0
-        unit = float(self._of_op.sum())
+        unit = float(self.of_op.sum())
 
         # What is wanted after the op, or by what runs again, is made, kept or loaded.
         wanted = np.flatnonzero(self._wanted(after) & ~there)
-        may_want = ~there[self._needed] & ~after[self._reader] & (self._reader != op)
-        contents = np.concatenate([wanted, self._needed[may_want]])
+        may_want = ~there[self.needed] & ~after[self.reader] & (self.reader != op)
+        contents = np.concatenate([wanted, self.needed[may_want]])
         rows = np.arange(len(contents))
         kept, loaded = self._count + np.arange(count), self._count + count + np.arange(count)
         # A storage keeps one of its contents; all together fit beside the op.
@@ -87,9 +89,9 @@ class Moments:
             (rows, program.maker[contents], 1.0),
             (rows, kept[contents], 1.0),
             (rows, loaded[contents], 1.0),
-            (rows[len(wanted) :], self._reader[may_want], -1.0),
-            (len(rows) + self._storage, kept, 1.0),
-            (np.full(count, len(rows) + len(program.sizes)), kept, program.sizes[self._storage] / max(1, budget)),
+            (rows[len(wanted) :], self.reader[may_want], -1.0),
+            (len(rows) + self.storage, kept, 1.0),
+            (np.full(count, len(rows) + len(program.sizes)), kept, program.sizes[self.storage] / max(1, budget)),
         ]
         row = np.concatenate([entry[0] for entry in entries])
         column = np.concatenate([entry[1] for entry in entries])
@@ -113,10 +115,10 @@ class Moments:
         chosen = found.x > 1 / 2
         return Kept(op, seconds, there | chosen[kept], chosen[loaded])
 
-    def _left_behind(self, op: int) -> tuple[Booleans, Booleans]:
+    def left_behind(self, op: int) -> tuple[Booleans, Booleans]:
         """Contents that are in memory once the op has run, of the storages that it touches; and these."""
-        program = self._program
-        there, is_touched = np.zeros(len(self._storage), np.bool_), np.zeros(len(program.sizes), np.bool_)
+        program = self.program
+        there, is_touched = np.zeros(len(self.storage), np.bool_), np.zeros(len(program.sizes), np.bool_)
         for k in range(program.start[op], program.start[op + 1]):
             storage = program.storage[k]
             is_touched[storage] = True
@@ -126,16 +128,15 @@ class Moments:
 
     def _wanted(self, after: Booleans) -> Booleans:
         """Contents that ops in ``after`` or the caller need, and others make."""
-        program = self._program
-        wanted = np.zeros(len(self._storage), np.bool_)
-        wanted[self._needed[after[self._reader]]] = True
-        first, end = program.maker_start[program.outputs], program.maker_start[program.outputs + 1]
-        wanted[end[first < end] - 1] = True
+        program = self.program
+        wanted = np.zeros(len(self.storage), np.bool_)
+        wanted[self.needed[after[self.reader]]] = True
+        wanted[self.outputs] = True
         return wanted & ~after[program.maker]
 
     def _precedence(self) -> Booleans:
         """For each op, those that must have run before its first run."""
-        program, found = self._program, np.zeros((self._count, self._count), np.bool_)
+        program, found = self.program, np.zeros((self._count, self._count), np.bool_)
         writer = np.full(len(program.sizes), -1)  # of persistent storages, and who reads what it wrote
         readers: dict[int, list[int]] = {}
         for op in range(self._count):

@@ -230,51 +230,82 @@ def state(program: Program, sequence: Integers, place: int) -> tuple[Integers, B
 
 
 @njit(cache=True)
-def unrolled(program: Program, order: Integers, place: int, kept: Booleans, loaded: Booleans) -> Integers:
-    """The order in which what was not ``kept`` at ``place`` is made again, or loaded, right before it is needed.
+def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans, loaded: Booleans) -> Integers:
+    """The order in which what was not kept at one of ``places`` is made again, or loaded, right before it is needed.
 
-    Both are by index in ``program.maker``. Empty: what to keep cannot be kept together.
+    Or right before the next of the places, if it is kept there. ``kept`` and ``loaded`` have a row for each place, by
+    index in ``program.maker``. Empty: what to keep cannot be kept together.
     """
     version = np.zeros(len(program.sizes), np.int64)
     there = np.zeros(len(program.sizes), np.bool_)
     seen = np.zeros(program.loads, np.bool_)
     sequence = np.empty(_LONGEST + len(order), np.int64)
-    length = 0
+    length, passed = 0, 0
     for position in range(len(order)):
-        if position == place + 1:
+        if passed < len(places) and position == places[passed] + 1:
             for storage in range(len(there)):
                 first = program.maker_start[storage]
                 if there[storage] and first < program.maker_start[storage + 1]:
-                    there[storage] = kept[first + version[storage] - 1]
-        stack = [order[position]]
-        while len(stack) > 0:
-            op = stack[-1]
-            missing = np.int64(-1)
-            for k in range(program.start[op], program.start[op + 1]):
-                storage, kind = program.storage[k], program.kind[k]
-                first = program.maker_start[storage]
-                if kind in (CREATES, LOADS) or first == program.maker_start[storage + 1]:
+                    there[storage] = kept[passed, first + version[storage] - 1]
+            passed += 1
+        for target in _targets(
+            program, order[position], passed < len(places) and position == places[passed], kept[passed % len(places)]
+        ):
+            is_content = target >= program.loads
+            stack = [target]
+            if is_content:
+                storage = program.storage[program.start[target]]
+                number = program.version[program.start[target]]
+                maker = program.maker[target - program.loads]
+                if not seen[maker] or (there[storage] and version[storage] == number):
                     continue
-                if not there[storage] or version[storage] != program.version[k]:
-                    content = first + program.version[k] - 1
-                    can_load = loaded[content] and version[storage] == program.version[k]
-                    missing = program.loads + content if can_load else program.maker[content]
-                    break
-            if len(stack) + length >= _LONGEST:
-                return sequence[:0]
-            if missing >= 0:
-                stack.append(missing)
-                continue
-            stack.pop()
-            sequence[length] = op
-            length += 1
-            for k in range(program.start[op], program.start[op + 1]):
-                storage, kind = program.storage[k], program.kind[k]
-                there[storage] = True
-                if kind == CREATES:
-                    version[storage] = 1
-                elif kind == WRITES or (kind == WRITES_ONCE and not seen[op]):
-                    version[storage] += 1
-            if op < program.loads:
-                seen[op] = True
+                can_load = passed > 0 and loaded[passed - 1, target - program.loads] and version[storage] == number
+                stack[0] = target if can_load else maker
+            while len(stack) > 0:
+                op = stack[-1]
+                missing = np.int64(-1)
+                for k in range(program.start[op], program.start[op + 1]):
+                    storage, kind = program.storage[k], program.kind[k]
+                    first = program.maker_start[storage]
+                    if kind in (CREATES, LOADS) or first == program.maker_start[storage + 1]:
+                        continue
+                    if not there[storage] or version[storage] != program.version[k]:
+                        content = first + program.version[k] - 1
+                        can_load = passed > 0 and loaded[passed - 1, content] and version[storage] == program.version[k]
+                        missing = program.loads + content if can_load else program.maker[content]
+                        break
+                if len(stack) + length >= _LONGEST:
+                    return sequence[:0]
+                if missing >= 0:
+                    stack.append(missing)
+                    continue
+                stack.pop()
+                sequence[length] = op
+                length += 1
+                for k in range(program.start[op], program.start[op + 1]):
+                    storage, kind = program.storage[k], program.kind[k]
+                    there[storage] = True
+                    if kind == CREATES:
+                        version[storage] = 1
+                    elif kind == LOADS:
+                        version[storage] = program.version[k]
+                    elif kind == WRITES or (kind == WRITES_ONCE and not seen[op]):
+                        version[storage] += 1
+                if op < program.loads:
+                    seen[op] = True
     return sequence[:length]
+
+
+@njit(cache=True)
+def _targets(program: Program, op: int, is_place: bool, kept: Booleans) -> Integers:
+    """What to run next: loads of what is to be kept beside ``op``, if that is a place, and then ``op``."""
+    targets = np.empty(len(kept) + 1, np.int64)
+    touched = program.storage[program.start[op] : program.start[op + 1]]
+    length = 0
+    for content in np.flatnonzero(kept) if is_place else np.flatnonzero(kept)[:0]:
+        storage = program.storage[program.start[program.loads + content]]
+        if program.sizes[storage] > 0 and not np.any(touched == storage):
+            targets[length] = program.loads + content
+            length += 1
+    targets[length] = op
+    return targets[: length + 1]
