@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import SymInt, Tensor, fx
 
+from olla.backend.compiled import CompiledGraph
 from olla.backend.joint import Joint, joint_of
 from olla.backend.split import split
 from olla.capture.costs import estimated_seconds
@@ -19,11 +21,11 @@ from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
 from olla.planning import Options, closest
 from olla.run.emit import emit
-from olla.torch_private import aot_backend, boxed, flatten, min_cut
+from olla.torch_private import Boxed, aot_backend, flatten, min_cut
 
 __all__ = ["olla"]
 
-_KNOWN = ("memory_budget", "time_limit")
+_KNOWN = ("memory_budget", "time_limit", "place")
 _CLOSE = 0.01  # of a peak: workspaces are estimates, so what saves less may save nothing
 
 
@@ -37,7 +39,8 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
     options
         ``memory_budget``: what forward and backward may hold at once, parameters and inputs included, in bytes
         (``"6GiB"``), or as a share of what they hold in eager PyTorch (``0.5``); what is not kept is computed again
-        in backward. ``time_limit``: seconds for planning.
+        in backward. ``time_limit``: seconds for planning. ``place``: whether to run at planned addresses, from the
+        third step on, where that is possible (else a warning says why not).
 
     Raises
     ------
@@ -52,7 +55,8 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
         if isinstance(value, SymInt):
             int(value)  # which guards that it stays so
     planner = _Planner(_options(options or {}))
-    compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
+    backend = aot_backend(planner.partition, partial(planner.part, 0), partial(planner.part, 1), planner.infer)
+    compiled: Callable[..., Any] = backend(module, inputs)
     return compiled
 
 
@@ -68,6 +72,7 @@ class _Planner:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._compiled: CompiledGraph | None = None
 
     def partition(
         self, module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -77,17 +82,33 @@ class _Planner:
         parts = min_cut(module, inputs, num_fwd_outputs)
         joint = joint_of(module, num_fwd_outputs)
         found = self._planned(joint, parts)
-        verify(joint.lowered.graph, Plan.of(joint.lowered.graph, found))
-        return split(emit(module, joint.lowered, found.order), num_fwd_outputs)
+        plan = Plan.of(joint.lowered.graph, found)
+        verify(joint.lowered.graph, plan)
 
-    def infer(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def emitted(**told: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return split(emit(module, joint.lowered, found.order, **told), num_fwd_outputs)
+
+        self._compiled = CompiledGraph(joint.lowered, plan, emitted, num_fwd_outputs, self._options)
+        return emitted()
+
+    def part(self, number: int, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
+        """What runs forward (0) and backward (1); ``module`` is that of :meth:`partition`."""
+        assert self._compiled is not None
+        return self._compiled.part(number, module)
+
+    def infer(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """What runs a graph without a backward."""
         _require_fixed_sizes(module)
         lowered = lower_module(module)
         lowered = lower_module(module, reuse(lowered))
         found = schedule(lowered.graph, time_limit=self._options.time_limit)
-        verify(lowered.graph, Plan.of(lowered.graph, found))
-        return boxed(emit(module, lowered, found.order))
+        plan = Plan.of(lowered.graph, found)
+        verify(lowered.graph, plan)
+
+        def emitted(**told: Any) -> tuple[fx.GraphModule]:
+            return (emit(module, lowered, found.order, **told),)
+
+        return CompiledGraph(lowered, plan, emitted, 0, self._options).part(0, *emitted())
 
     def _planned(self, joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
         """Within the budget; without one, as PyTorch divides it, which computes again, too, unless there is better."""

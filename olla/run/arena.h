@@ -127,15 +127,27 @@ class Registry {
     open_.fetch_add(1);
   }
 
-  // Ends the innermost session of this thread.
-  Session* end() {
+  // Takes the innermost session off this thread; it may begin again, on any.
+  Session* pause() {
     Session* session = std::exchange(current_, current_->outer);
     open_.fetch_sub(1);
+    return session;
+  }
+
+  // Ends the innermost session of this thread.
+  Session* end() {
+    Session* session = pause();
     session->counts.foreign = foreign_.load() - session->foreign_before;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (session->recording) session->recording->open = false;
     if (session->arena) session->counts.escapes = session->arena->alive();
     return session;
+  }
+
+  // Notes no more of what was recorded in a session that is paused.
+  void close(const Session& session) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session.recording->open = false;
   }
 
   // The planned address for an allocation of `size` bytes, or null: another allocator must answer.
@@ -254,6 +266,17 @@ olla::Session* olla_begin_replay(
   auto* session = new olla::Session{clock, nullptr, *arena, *slots};
   olla::Registry::get().begin(session);
   return session;
+}
+
+// A recording of what runs in parts: between them, only releases are noted, and any thread may go on.
+void olla_pause() { olla::Registry::get().pause(); }
+
+void olla_resume(olla::Session* session) { olla::Registry::get().begin(session); }
+
+// Forgets a recording that is paused.
+void olla_abandon(olla::Session* session) {
+  olla::Registry::get().close(*session);
+  delete session;
 }
 
 // Ends the session and says how many events it recorded.
