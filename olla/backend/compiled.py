@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from olla.backend.joint import boundary
 from olla.capture.lower import Lowered, tensors_of
-from olla.errors import OllaError
+from olla.errors import InvalidPlanError, OllaError
 from olla.graph.lifetimes import peak_bytes
 from olla.graph.plan import Plan
 from olla.planning import Options, addressed, measured
@@ -29,7 +29,7 @@ from olla.torch_private import Boxed, boxed, flatten, marked_as_boxed
 
 __all__ = ["CompiledGraph"]
 
-_STRANGERS = 3  # backward passes of other forwards than the one recorded, before its addresses are given up
+_FAILURES = 3  # recordings that are of no use, before addresses are given up
 
 
 @dataclass
@@ -77,7 +77,7 @@ class CompiledGraph(Replaying):
         self._boundary = plan.order.index(targets.index(boundary)) if self._parts > 1 else len(plan.order)
         self._told: list[Boxed] = []  # the parts, with code that tells which op runs
         self._attempt: _Attempt | None = None
-        self._strangers = 0
+        self._failures = 0
         self._is_warm = False
         self._is_over = False  # whether the last part has run since the first one
         self._missed = 0  # since then
@@ -123,7 +123,10 @@ class CompiledGraph(Replaying):
             elif self._is_over and attempt is not None:
                 with attempt.recorder:
                     """The recording ends."""
-                self._learn(attempt)
+                try:
+                    self._learn(attempt)
+                except InvalidPlanError as error:  # another backward pass has kept what is saved, say
+                    self._fail(f"what was recorded does not follow the plan: {error}")
             elif attempt is not None:
                 attempt.recorder.abandon()  # a forward without its backward
             if self._is_warm and not self.settled:
@@ -141,9 +144,7 @@ class CompiledGraph(Replaying):
     def _record(self, attempt: _Attempt, number: int, anywhere: Boxed, inputs: list[Any]) -> Any:
         if attempt.is_complete or not attempt.saved.issubset(_addresses(inputs)):  # another forward's backward
             self._is_over = attempt.is_complete
-            self._strangers += 1
-            if self._strangers == _STRANGERS:
-                self._give_up("backward is not given what the forward before it has saved")
+            self._fail("backward is not given what the forward before it has saved")
             return anywhere(inputs)
         self._attempt = None  # unless this part succeeds
         with attempt.recorder:
@@ -154,6 +155,11 @@ class CompiledGraph(Replaying):
         attempt.saved = _addresses(result[outputs:])
         self._attempt = attempt
         return result
+
+    def _fail(self, reason: str) -> None:
+        self._failures += 1
+        if self._failures == _FAILURES:
+            self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
         if self._attempt is not None:
@@ -179,12 +185,11 @@ class CompiledGraph(Replaying):
                 latest[part, allocation.address] = index
         allocations, over = list(recording.allocations), len(attempt.recorder.events)
         for part, address in attempt.handed_out:
-            index = latest.get((part, address))
-            if index is not None:
-                is_gone = part > 0 and allocations[index].end is not None and not self._recordings
-                allocations[index] = replace(
-                    allocations[index], end=over if is_gone else None, last_position=len(self._plan.order) - 1
-                )
+            if (part, address) in latest:
+                result = allocations[latest[part, address]]
+                is_gone = part > 0 and result.end is not None and not self._recordings
+                result = replace(result, end=over if is_gone else None, last_position=len(self._plan.order) - 1)
+                allocations[latest[part, address]] = result
         return replace(recording, allocations=tuple(allocations))
 
 
