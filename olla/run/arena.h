@@ -127,13 +127,6 @@ class Registry {
     open_.fetch_add(1);
   }
 
-  // Takes the innermost session off this thread; it may begin again, on any.
-  Session* pause() {
-    Session* session = std::exchange(current_, current_->outer);
-    open_.fetch_sub(1);
-    return session;
-  }
-
   // Ends the innermost session of this thread.
   Session* end() {
     Session* session = pause();
@@ -141,6 +134,13 @@ class Registry {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (session->recording) session->recording->open = false;
     if (session->arena) session->counts.escapes = session->arena->alive();
+    return session;
+  }
+
+  // Takes the innermost session off this thread; it may begin again, on any.
+  Session* pause() {
+    Session* session = std::exchange(current_, current_->outer);
+    open_.fetch_sub(1);
     return session;
   }
 
@@ -268,6 +268,13 @@ olla::Session* olla_begin_replay(
   return session;
 }
 
+// Ends the session and says how many events it recorded.
+int64_t olla_end(olla::Session* session, olla::Counts* counts) {
+  olla::Registry::get().end();
+  *counts = session->counts;
+  return session->recording ? static_cast<int64_t>(session->recording->events.size()) : 0;
+}
+
 // A recording of what runs in parts: between them, only releases are noted, and any thread may go on.
 void olla_pause() { olla::Registry::get().pause(); }
 
@@ -277,13 +284,6 @@ void olla_resume(olla::Session* session) { olla::Registry::get().begin(session);
 void olla_abandon(olla::Session* session) {
   olla::Registry::get().close(*session);
   delete session;
-}
-
-// Ends the session and says how many events it recorded.
-int64_t olla_end(olla::Session* session, olla::Counts* counts) {
-  olla::Registry::get().end();
-  *counts = session->counts;
-  return session->recording ? static_cast<int64_t>(session->recording->events.size()) : 0;
 }
 
 // Writes the events of an ended session, and forgets it.
