@@ -8,7 +8,6 @@ is recorded: what every operator allocates, workspaces included. With that the o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
-from olla.capture.lower import tensors_of
 from olla.capture.program import Program
-from olla.errors import ExecutionError, OllaError
-from olla.planning import OUTSIDE, Draft, Options, with_addresses, with_workspaces
-from olla.run.arena import Arena, Clock, Counts, Recorder, Replay
+from olla.errors import OllaError
+from olla.planning import Draft, Options, with_addresses, with_workspaces
+from olla.replaying import Replaying, watch_of
+from olla.run.arena import Arena, Recorder
 from olla.run.emit import Tell, Watch, emit
 from olla.run.ranks import ALONE, Ranks
 from olla.run.recording import Recording
@@ -31,14 +30,10 @@ from olla.show.progress import stage
 
 __all__ = ["Execution"]
 
-log = logging.getLogger(__name__)
-
 _REORDERINGS = 3  # after recordings
-_PATIENCE = 3  # steps in a row with misses, before a step is recorded again
-_RECORDINGS_AGAIN = 2  # before its addresses are given up
 
 
-class Execution:
+class Execution(Replaying):
     """One captured and planned step, and how far it has got with its addresses.
 
     It shares the ``arena``, and the ``space`` to spill to, with other executions of one owner, which run one after
@@ -53,28 +48,17 @@ class Execution:
     def __init__(
         self, program: Program, draft: Draft, options: Options, arena: Arena, space: SpillSpace, ranks: Ranks = ALONE
     ) -> None:
+        super().__init__(arena, options)
         self.runner = Runner(program, draft.traced)
-        self.not_executed = "" if options.place else "place=False"  # why addresses are not executed
-        self.arena = arena
-        self.replay: Replay | None = None
         self._optimizers = program.optimizers
         self._options = options
         self._space = space
         self._ranks = ranks
-        self._clock = Clock()
-        self._outside: list[int] = []  # sizes of what the step allocates outside of its arena
         self._warm: tuple[int, ...] | None = None
         self._is_timed = False
         self._reorderings = 0
-        self._recordings = 0
-        self._bad_steps = 0
         self.draft, self.spiller = draft, self._spiller_of(draft)
         self.code = self._emit(self._clock.tell if options.place else None)
-
-    @property
-    def settled(self) -> bool:
-        """Whether the plan will not change any more, as things are."""
-        return self.replay is not None or bool(self.not_executed)
 
     @property
     def planned_bytes(self) -> int:
@@ -113,7 +97,7 @@ class Execution:
             return self._record(leaves, ALONE if alone else self._ranks)
         with self.spiller:
             result = self.runner.run(leaves, self.code, replay)
-        self._judge(replay.counts)
+        self._judge(replay.counts.missed)
         return result
 
     def run_anywhere(self, leaves: Sequence[Any]) -> Any:
@@ -129,17 +113,12 @@ class Execution:
             self._give_up(str(error))
             return self.run_anywhere(leaves)
         seen: dict[tuple[int, int], int] = {}
-        graph, order = self.draft.lowered.graph, self.draft.plan.order
+        lowered, order = self.draft.lowered, self.draft.plan.order
+        watch = watch_of(lowered, order, seen)
 
         def look(position: int, value: object) -> None:
             stopwatch.stop()
-            op, tensors = order[position], tensors_of(value)
-            storages = self.draft.lowered.results[self.draft.lowered.nodes[op]]
-            if len(storages) != len(tensors):
-                return  # it returned None where a tensor was expected: its address stays unknown
-            for storage, tensor in zip(storages, tensors, strict=True):
-                if storage in graph.ops[op].creates:
-                    seen[position, storage] = tensor.untyped_storage().data_ptr()
+            watch(position, value)
 
         recorder = Recorder(library, self._clock)
         stopwatch = Stopwatch(self._clock.tell, self.arena.device)
@@ -147,21 +126,15 @@ class Execution:
             result = self.runner.run(leaves, self._emit(stopwatch.tell, look), recorder)
         stopwatch.stop()
         seen |= self.spiller.addresses
-        seconds = stopwatch.seconds(order, len(graph.ops))
+        seconds = stopwatch.seconds(order, len(lowered.graph.ops))
         if self._is_timed:
             seconds = tuple(map(min, seconds, self.draft.seconds))  # others may have used the machine, too
         self.draft, self._is_timed = replace(self.draft, seconds=seconds), True
         try:
-            self._learn(ranks.together(lambda: self._recording(recorder, seen)), ranks)
+            self._learn(ranks.together(lambda: self._recording(recorder.events, seen, self.draft.plan)), ranks)
         except OllaError as error:  # never the end of somebody's training
             self._give_up(str(error))
         return result
-
-    def _recording(self, recorder: Recorder, seen: dict[tuple[int, int], int]) -> Recording:
-        recording = Recording.of(recorder.events, seen)
-        if not recording.allocations and self.draft.plan.peak_bytes:
-            raise ExecutionError("another allocator was installed, which is asked instead")
-        return recording
 
     def _learn(self, recording: Recording, ranks: Ranks) -> None:
         """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
@@ -174,36 +147,12 @@ class Execution:
             self.code = self._emit(self._clock.tell)
             return
         draft, offsets = with_addresses(draft, recording, self._options, self.arena.alignment)
-        assert draft.plan.arena_bytes is not None
-        self.arena.reserve(draft.plan.arena_bytes)
-        self.replay = Replay(
-            self.arena,
-            self._clock,
-            positions=[allocation.position for allocation in recording.allocations],
-            sizes=[allocation.size for allocation in recording.allocations],
-            offsets=offsets,
-            arena_bytes=draft.plan.arena_bytes,
-        )
+        self._replay(draft.plan, recording, offsets)
         self.draft = draft
-        self._outside = [a.size for a, at in zip(recording.allocations, offsets, strict=True) if at == OUTSIDE]
-
-    def _judge(self, counts: Counts) -> None:
-        """Record again, and in the end give up, if steps do not go as recorded."""
-        self._bad_steps = self._bad_steps + 1 if counts.missed else 0
-        if self._bad_steps < _PATIENCE:
-            return
-        self._bad_steps = 0
-        self._recordings += 1
-        log.warning("%d allocations of the step miss their planned addresses: recording it again", counts.missed)
-        self.replay = None
-        self.arena.close()  # whatever is in the way there is left behind
-        if self._recordings > _RECORDINGS_AGAIN:
-            self._give_up("its allocations are not the same in every step")
 
     def _give_up(self, reason: str) -> None:
-        self.not_executed = reason
+        super()._give_up(reason)
         self.draft = replace(self.draft, plan=self.draft.plan.at(None))
-        log.warning("the step runs in its planned order, but not at planned addresses: %s", reason)
 
     def _spiller_of(self, draft: Draft) -> Spiller:
         plan = draft.plan

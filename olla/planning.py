@@ -40,9 +40,11 @@ from olla.torch_private import is_collective
 __all__ = [
     "Draft",
     "Options",
+    "addressed",
     "capture",
     "closest",
     "draft",
+    "measured",
     "trade",
     "with_addresses",
     "with_estimated_addresses",
@@ -182,7 +184,7 @@ def with_workspaces(
     With other ``ranks``, all take the order of rank 0, made for the most bytes and seconds that each op takes on any.
     """
     plan = drafted.plan
-    graph = _measured(drafted.lowered.graph, plan, recording)
+    graph = measured(drafted.lowered.graph, plan, recording)
     shared, seconds = _slowest(graph, drafted.seconds, ranks)
     what = "order after recording" if reorder else "bound after recording"
     found = ranks.from_first(
@@ -249,7 +251,7 @@ def _extra_seconds(graph: Graph, plan: Plan, seconds: Sequence[float], options: 
     return repeated + spill_seconds(graph, plan.spills, measured_bandwidth(options.spill_dir))
 
 
-def _measured(graph: Graph, plan: Plan, recording: Recording) -> Graph:
+def measured(graph: Graph, plan: Plan, recording: Recording) -> Graph:
     """The graph with the sizes and workspaces that were recorded when it ran as planned."""
     sizes = {storage: recording.allocations[index].size for index, (_, storage) in recording.storages.items()}
     storages = tuple(replace(s, size=sizes.get(index, s.size)) for index, s in enumerate(graph.storages))
@@ -263,12 +265,22 @@ def _measured(graph: Graph, plan: Plan, recording: Recording) -> Graph:
 
 def with_addresses(drafted: Draft, recording: Recording, options: Options, alignment: int) -> tuple[Draft, list[int]]:
     """The draft with an address for everything that was recorded, and the offset of each recorded allocation."""
+    plan, offsets = addressed(drafted.lowered.graph, drafted.plan, recording, options, alignment)
+    return replace(drafted, plan=plan), offsets
+
+
+def addressed(
+    graph: Graph, plan: Plan, recording: Recording, options: Options, alignment: int
+) -> tuple[Plan, list[int]]:
+    """The plan with an address for everything that was recorded, and the offset of each recorded allocation.
+
+    Sizes and workspaces of the graph are those that were recorded; see :func:`measured`.
+    """
     inside = [allocation for allocation in recording.allocations if allocation.end is not None]
     intervals = [(a.start, a.end, a.size) for a in inside if a.end is not None]
     found = _packed(intervals, alignment, options)
     placed = iter(found.offsets)
     offsets = [OUTSIDE if a.end is None else next(placed) for a in recording.allocations]
-    graph, plan = drafted.lowered.graph, drafted.plan
     of_life = {life: offsets[index] for index, life in recording.storages.items()}
     lives = live_intervals(graph, plan.order, plan.spills)
     at = [of_life.get((life.start, life.storage), OUTSIDE) for life in lives]
@@ -287,7 +299,7 @@ def with_addresses(drafted: Draft, recording: Recording, options: Options, align
     )
     plan = plan.at(addresses)
     verify(graph, plan)
-    return replace(drafted, plan=plan), offsets
+    return plan, offsets
 
 
 def _packed(intervals: Sequence[Interval], alignment: int, options: Options) -> Placement:

@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
+    "Boxed",
     "FUNCTIONAL_BATCH_NORM",
     "Buffer",
     "FakeTensor",
@@ -79,6 +80,7 @@ __all__ = [
     "is_tangent",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
+    "marked_as_boxed",
     "min_cut",
     "process_group",
     "real_tensors",
@@ -404,30 +406,45 @@ def _kernels(nodes: Sequence[Any], inputs: Set[str], outputs: Set[str]) -> list[
     return found
 
 
-def aot_backend(partition: Callable[..., Any], infer: Callable[..., Any]) -> Callable[..., Any]:
+def aot_backend(
+    partition: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    infer: Callable[..., Any],
+) -> Callable[..., Any]:
     """A backend of ``torch.compile`` whose graphs are of the operators that eager PyTorch runs: nothing is decomposed.
 
-    ``partition(joint, inputs, num_fwd_outputs=...)`` turns a joint graph into those of forward and backward, which run
-    as they are; ``infer(graph, inputs)`` turns a graph that needs no backward into what runs.
+    ``partition(joint, inputs, num_fwd_outputs=...)`` turns a joint graph into those of forward and backward;
+    ``forward(graph, inputs)`` and ``backward(graph, inputs)`` turn these into what runs, as :func:`boxed` does, and
+    ``infer(graph, inputs)`` a graph that needs no backward.
     """
     from torch._dynamo.backends.common import aot_autograd
 
     backend: Callable[..., Any] = aot_autograd(
-        fw_compiler=boxed, inference_compiler=infer, partition_fn=partition, keep_inference_input_mutations=True
+        fw_compiler=forward,
+        bw_compiler=backward,
+        inference_compiler=infer,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
     )
     return backend
 
 
-def boxed(module: fx.GraphModule, _inputs: Sequence[Any] = ()) -> Callable[[list[Any]], Any]:
-    """``module`` as a function that empties the list of its inputs, so that each can die at its last use."""
+Boxed = Callable[[list[Any]], Any]  # empties the list of its inputs, so that each can die at its last use
+
+
+def boxed(module: fx.GraphModule) -> Boxed:
+    """``module`` as such a function."""
     module.graph.set_codegen(_BoxedCodeGen())
     module.recompile()
+    forget_source_with(module)
+    return marked_as_boxed(lambda inputs: module.forward(inputs))
 
-    def run(inputs: list[Any]) -> Any:
-        return module.forward(inputs)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+def marked_as_boxed(function: Boxed) -> Boxed:
+    """``function``, of which AOTAutograd knows now that it empties the list of its inputs."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
 
 
 def min_cut(

@@ -45,6 +45,51 @@ class ArenaTest(unittest.TestCase):
         self.assertEqual([address for _, _, size, address in recorder.events if size >= 128], addresses)
         self.assertEqual(sorted(index for index, _, size, _ in recorder.events if size < 0), [0, 1, 2])
 
+    def test_a_recording_in_parts_notes_what_is_released_between_them_and_nothing_else(self) -> None:
+        recorder = Recorder(self.arena.library, self.clock, parts=2)
+        with recorder:
+            first, second = self.step()
+        del first
+        torch.empty(64, dtype=torch.uint8)
+
+        def rest() -> None:
+            nonlocal second
+            with recorder:
+                self.clock.tell(2)
+                second = torch.empty(192, dtype=torch.uint8)
+
+        thread = threading.Thread(target=rest)
+        thread.start()
+        thread.join()
+        del second
+        events = [(index, position, size) for index, position, size, _ in recorder.events]
+        made = [(0, 0, 256), (1, 1, 128), (2, 1, 64), (2, 1, -1)]
+        self.assertEqual(events, [*made, (0, -1, -1), (3, 2, 192), (1, 2, -1)])
+
+    def test_a_recording_that_is_abandoned_between_its_parts(self) -> None:
+        for how in ("abandoned", "forgotten"):
+            with self.subTest(how):
+                recorder = Recorder(self.arena.library, self.clock, parts=2)
+                with recorder:
+                    kept = self.step()
+                if how == "abandoned":
+                    recorder.abandon()
+                del recorder
+                self.assertEqual(kept[0].tolist(), list(range(64)))
+                del kept
+                replay = self.replay()
+                with replay:
+                    self.step()
+                self.assertEqual(replay.counts.missed, 0)
+
+    def test_an_exception_in_a_part_ends_the_recording(self) -> None:
+        recorder = Recorder(self.arena.library, self.clock, parts=2)
+        with self.assertRaises(ValueError), recorder:
+            self.step()
+            raise ValueError
+        self.assertEqual(sum(size >= 0 for _, _, size, _ in recorder.events), 3)
+        recorder.abandon()  # nothing is left of it
+
     def test_tensors_are_at_their_offsets(self) -> None:
         replay = self.replay()
         with replay:

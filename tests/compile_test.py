@@ -353,7 +353,7 @@ class Small(CompiledTestCase):
         self.assert_same(torch.compile(model, backend="olla")(x), model(x), "output")
 
     def test_an_unknown_option_is_declined(self) -> None:
-        message = "no option 'budget': it knows memory_budget, time_limit"
+        message = "no option 'budget': it knows memory_budget, time_limit, place"
         self.assert_declined(InvalidOptionError, message, options={"budget": 0.5})
 
     def test_a_budget_that_is_none_is_declined(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import SymInt, fx
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from olla.backend.compiled import CompiledGraph
 from olla.backend.inductor import compiled_by_inductor
 from olla.backend.joint import Joint, joint_of, require_fixed_sizes, schedule_of
 from olla.backend.optimizer import BackwardOptimizer
@@ -23,11 +25,11 @@ from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
 from olla.planning import Options, closest
 from olla.run.emit import emit
-from olla.torch_private import aot_backend, boxed, min_cut
+from olla.torch_private import Boxed, aot_backend, min_cut
 
 __all__ = ["olla"]
 
-_KNOWN = ("memory_budget", "time_limit", "optimizer", "codegen")
+_KNOWN = ("memory_budget", "time_limit", "place", "optimizer", "codegen")
 _CODEGENS = ("eager", "inductor")
 _CLOSE = 0.01  # of a peak: workspaces are estimates, so what saves less may save nothing
 
@@ -42,10 +44,11 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
     options
         ``memory_budget``: what forward and backward may hold at once, parameters and inputs included, in bytes
         (``"6GiB"``), or as a share of what they hold in eager PyTorch (``0.5``); what is not kept is computed again
-        in backward. ``time_limit``: seconds for planning. ``optimizer``: updates each parameter inside backward, as
-        soon as its gradient exists and nobody needs the parameter, from the second step on; ``optimizer.step()``
-        stays in the loop, and updates the others. ``codegen``: ``"eager"``, for the operators and the bits of
-        eager PyTorch (the default), or ``"inductor"``, for the kernels of PyTorch Inductor.
+        in backward. ``time_limit``: seconds for planning. ``place``: whether to run at planned addresses, from the
+        third step on, where that is possible (else a warning says why not). ``optimizer``: updates each parameter
+        inside backward, as soon as its gradient exists and nobody needs the parameter, from the second step on;
+        ``optimizer.step()`` stays in the loop, and updates the others. ``codegen``: ``"eager"``, for the operators and
+        the bits of eager PyTorch (the default), or ``"inductor"``, for the kernels of PyTorch Inductor.
 
     Raises
     ------
@@ -69,13 +72,12 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
     if codegen not in _CODEGENS:
         raise InvalidOptionError(f"the backend has no codegen {codegen!r}: it knows {', '.join(_CODEGENS)}")
     if codegen == "inductor":
-        if optimizer is not None:
-            raise InvalidOptionError(
-                "the backend has no updates inside backward with Inductor's kernels: leave 'optimizer' or 'codegen' out"
-            )
+        if beside := [name for name in ("optimizer", "place") if name in (options or {})]:
+            raise InvalidOptionError(f"{beside[0]!r} does not go with Inductor's kernels: leave it or 'codegen' out")
         return compiled_by_inductor(module, inputs, known)
     planner = _Planner(known, optimizer, inputs)
-    compiled: Callable[..., Any] = aot_backend(planner.partition, planner.infer)(module, inputs)
+    backend = aot_backend(planner.partition, partial(planner.part, 0), partial(planner.part, 1), planner.infer)
+    compiled: Callable[..., Any] = backend(module, inputs)
     return compiled
 
 
@@ -93,6 +95,7 @@ class _Planner:
         self._options = options
         self._optimizer = optimizer
         self._live = {position: value for position, value in enumerate(inputs) if isinstance(value, Parameter)}
+        self._compiled: CompiledGraph | None = None
 
     def partition(
         self, module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -104,17 +107,33 @@ class _Planner:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
         joint = joint_of(module, num_fwd_outputs)
         found = self._planned(joint, parts)
-        verify(joint.lowered.graph, Plan.of(joint.lowered.graph, found))
-        return split(emit(module, joint.lowered, found.order), num_fwd_outputs)
+        plan = Plan.of(joint.lowered.graph, found)
+        verify(joint.lowered.graph, plan)
 
-    def infer(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def emitted(**told: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return split(emit(module, joint.lowered, found.order, **told), num_fwd_outputs)
+
+        self._compiled = CompiledGraph(joint.lowered, plan, emitted, num_fwd_outputs, self._options)
+        return emitted()
+
+    def part(self, number: int, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
+        """What runs forward (0) and backward (1); ``module`` is that of :meth:`partition`."""
+        assert self._compiled is not None
+        return self._compiled.part(number, module)
+
+    def infer(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """What runs a graph without a backward."""
         require_fixed_sizes(module)
         lowered = lower_module(module)
         lowered = lower_module(module, reuse(lowered))
         found = schedule(lowered.graph, time_limit=self._options.time_limit)
-        verify(lowered.graph, Plan.of(lowered.graph, found))
-        return boxed(emit(module, lowered, found.order))
+        plan = Plan.of(lowered.graph, found)
+        verify(lowered.graph, plan)
+
+        def emitted(**told: Any) -> tuple[fx.GraphModule]:
+            return (emit(module, lowered, found.order, **told),)
+
+        return CompiledGraph(lowered, plan, emitted, 0, self._options).part(0, *emitted())
 
     def _planned(self, joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
         """Within the budget; without one, as PyTorch divides it, which computes again, too, unless there is better."""

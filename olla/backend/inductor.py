@@ -62,7 +62,7 @@ def _budget(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
         raise _TracedError
 
     try:
-        aot_backend(partition, infer)(module, inputs)
+        aot_backend(partition, infer, infer, infer)(module, inputs)
     except _TracedError as seen:
         if not seen.args:
             bytes_of(options.memory_budget, 1)  # which raises if it cannot be read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -16,14 +17,15 @@ def split(module: fx.GraphModule, forward_outputs: int) -> tuple[fx.GraphModule,
     """The calls before the boundary and those after it, as AOTAutograd wants them.
 
     Forward returns its outputs, and then what backward needs of it. Backward takes that, and then the tangents; it
-    returns the gradients.
+    returns the gradients. What is told of the ops stays, but for the boundary's result.
     """
     calls = list(module.graph.nodes)
     at = next(index for index, node in enumerate(calls) if node.target is boundary)
     outputs, gradients = calls[at].args, cast("Sequence[Any]", calls[-1].args[0])[forward_outputs:]
     before, after = calls[:at], calls[at + 1 : -1]
-    tangents = [node for node in after if calls[at] in node.all_input_nodes]
-    after = [node for node in after if node not in tangents]
+    of_boundary = [node for node in after if calls[at] in node.all_input_nodes]
+    tangents = [node for node in of_boundary if node.target is operator.getitem]
+    after = [node for node in after if node not in of_boundary]
     needed = {used for node in after for used in node.all_input_nodes}
     needed.update(gradient for gradient in gradients if isinstance(gradient, fx.Node))
     saved = [node for node in before if node in needed]

@@ -131,13 +131,25 @@ class Registry {
 
   // Ends the innermost session of this thread.
   Session* end() {
-    Session* session = std::exchange(current_, current_->outer);
-    open_.fetch_sub(1);
+    Session* session = pause();
     session->counts.foreign = foreign_.load() - session->foreign_before;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (session->recording) session->recording->open = false;
     if (session->arena) session->counts.escapes = session->arena->alive();
     return session;
+  }
+
+  // Takes the innermost session off this thread; it may begin again, on any.
+  Session* pause() {
+    Session* session = std::exchange(current_, current_->outer);
+    open_.fetch_sub(1);
+    return session;
+  }
+
+  // Notes no more of what was recorded in a session that is paused.
+  void close(const Session& session) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session.recording->open = false;
   }
 
   // The planned address for an allocation of `size` bytes, or null: another allocator must answer.
@@ -266,6 +278,17 @@ int64_t olla_end(olla::Session* session, olla::Counts* counts) {
   olla::Registry::get().end();
   *counts = session->counts;
   return session->recording ? static_cast<int64_t>(session->recording->events.size()) : 0;
+}
+
+// A recording of what runs in parts: between them, only releases are noted, and any thread may go on.
+void olla_pause() { olla::Registry::get().pause(); }
+
+void olla_resume(olla::Session* session) { olla::Registry::get().begin(session); }
+
+// Forgets a recording that is paused.
+void olla_abandon(olla::Session* session) {
+  olla::Registry::get().close(*session);
+  delete session;
 }
 
 // Writes the events of an ended session, and forgets it.

@@ -92,11 +92,41 @@ class _Session:
 
 
 class Recorder(_Session):
-    """Records one step. Its allocations are answered as always."""
+    """Records one step. Its allocations are answered as always.
 
-    def __init__(self, library: ctypes.PyDLL, clock: Clock) -> None:
+    A step that runs in ``parts`` enters it once for each, on any thread. In between, what is allocated is not the
+    step's; what the step has allocated may be released. An exception in a part ends the recording.
+    """
+
+    def __init__(self, library: ctypes.PyDLL, clock: Clock, parts: int = 1) -> None:
         super().__init__(library, clock)
         self.events: list[tuple[int, int, int, int]] = []
+        self._parts = parts
+        self._paused: weakref.finalize[[int], Recorder] | None = None
+
+    def __enter__(self) -> None:
+        if self._paused is None:
+            super().__enter__()
+            return
+        self._paused.detach()
+        self._clock.tell(-1)
+        self._library.olla_resume(self._handle)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._parts -= 1
+        if self._parts and kind is None:
+            assert self._handle is not None
+            self._library.olla_pause()
+            self._paused = weakref.finalize(self, self._library.olla_abandon, self._handle)
+        else:
+            super().__exit__(kind, error, traceback)
+
+    def abandon(self) -> None:
+        """Forget what was recorded, if the step has begun and not ended."""
+        if self._paused is not None:
+            self._paused()
 
     def _begin(self) -> int:
         return int(self._library.olla_begin_recording(self._clock.pointer))
