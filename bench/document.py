@@ -26,8 +26,8 @@ all* is what it would reserve for the arena, and for the results outside of it, 
 PyTorch. *Better orders* are those of PyTorch Inductor, or of the program, that beat the planned one.
 
 *Half* is a budget of half of eager PyTorch's peak: the time that recomputing takes then, as a share of the step's, by
-estimated times of operators, at the first of twelve points of `olla.frontier` that is at half or below. *At least* is
-what any schedule there must take, and *smallest* the smallest peak that was found."""
+estimated times of operators; *at least* is what any schedule within it must take. Where half cannot be reached,
+*smallest* is about what can be."""
 _MEASURED = """\
 Eager and planned steps in turn, in one process. Peaks are the allocator's, step times against eager PyTorch."""
 _ORDERS: Columns[Row] = {
@@ -47,6 +47,7 @@ _ORDERS: Columns[Row] = {
     "half: more time": lambda row: cells.share(row.half_extra),
     "at least": lambda row: cells.share(row.half_least_extra),
     "smallest": lambda row: cells.mebibytes(row.smallest_bytes),
+    "half: planning s": lambda row: cells.seconds(row.half_seconds),
     "planning s": lambda row: cells.seconds(row.planning_seconds),
     "placing s": lambda row: cells.seconds(row.placing_seconds),
 }

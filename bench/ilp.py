@@ -23,7 +23,7 @@ _BYTES_PER_SECOND = 1e10
 
 def solve_form(row: Row, options: argparse.Namespace) -> None:
     """State one form of the integer program, and let one solver improve what the planners found."""
-    graph = captured(row)
+    graph, _ = captured(row)
     known = olla.schedule(graph)
     row.ops, row.planning_seconds = len(graph.ops), known.seconds
     lives = intervals(graph, known.order)

@@ -10,8 +10,12 @@ import torch
 
 import olla
 from bench.models import MODELS, Workload
+from olla.api import arguments_of, program_of
+from olla.capture.costs import estimated_seconds
+from olla.planning import Options, capture
 
 PLACING_SECONDS = 10  # for addresses, wherever a row has some
+FITTING_SECONDS = 30  # for half of the bytes
 
 
 @dataclass
@@ -38,7 +42,8 @@ class Row:
     placing_seconds: float | None = None
     half_extra: float | None = None  # time that half of eager PyTorch's peak costs, as a share of the step's, estimated
     half_least_extra: float | None = None  # as proven
-    smallest_bytes: int | None = None  # peak that recomputing reaches
+    half_seconds: float | None = None  # of planning for it
+    smallest_bytes: int | None = None  # the peak that recomputing reaches instead
     lower_bound_bytes: int | None = None
     gap: float | None = None
     status: str | None = None
@@ -104,16 +109,16 @@ def workload_of(row: Row) -> tuple[Workload, dict[str, Any]]:
     return workload, {}
 
 
-def planned_workload_of(row: Row) -> tuple[Workload, dict[str, Any]]:
-    """The model of a case on the meta device, where it is planned as on a CPU; or on the GPU."""
+def captured(row: Row) -> tuple[olla.Graph, tuple[float, ...]]:
+    """The graph of a case, of which nothing is run, and the seconds that its ops take, estimated.
+
+    The model is on the meta device, where it is planned as on a CPU; or on the GPU.
+    """
     with torch.device("cuda" if row.device == "cuda" else "meta"):
-        return workload_of(row)
-
-
-def captured(row: Row) -> olla.Graph:
-    """The graph of a case; nothing of it is run."""
-    workload, training = planned_workload_of(row)
+        workload, training = workload_of(row)
     started = time.perf_counter()
-    graph = olla.to_graph(workload.model, workload.inputs, **training)
+    program = program_of(workload.model, *(training.get(name) for name in ("loss_fn", "targets", "optimizer")))
+    args, kwargs = arguments_of(workload.inputs, training.get("targets"))
+    _, lowered = capture(program, args, kwargs, Options(progress=False))
     row.capture_seconds = time.perf_counter() - started
-    return graph
+    return lowered.graph, estimated_seconds(lowered)

@@ -6,7 +6,8 @@ import argparse
 import time
 
 import olla
-from bench.row import PLACING_SECONDS, Row, captured, planned_workload_of
+from bench.row import FITTING_SECONDS, PLACING_SECONDS, Row, captured
+from olla.fit.fitting import fitted
 from olla.graph.check import verify
 from olla.graph.events import Allocate, eager_events_of, events_of
 from olla.graph.lifetimes import live_intervals, peak_bytes
@@ -15,13 +16,12 @@ from olla.order.baselines import INDUCTOR
 from olla.order.schedule import program_order
 from olla.place.place import place
 
-_CURVE_SECONDS = 10.0  # for the trade of bytes against time
-
 
 def simulate(row: Row, options: argparse.Namespace) -> None:
     """Plan order and addresses of one case, beside Inductor's orders and what CUDA's caching allocator reserves."""
-    graph = captured(row)
-    plan = olla.Plan.of(graph, program_order(graph) if options.skip_node_ordering else olla.schedule(graph))
+    graph, seconds = captured(row)
+    order = program_order(graph) if options.skip_node_ordering else olla.schedule(graph)
+    plan = olla.Plan.of(graph, order)
     row.note(plan)
     row.note_simulated(plan)
     for name, rule in INDUCTOR.items():
@@ -35,22 +35,20 @@ def simulate(row: Row, options: argparse.Namespace) -> None:
     row.reserved_planned_bytes = replay(events_of(graph, plan.order)).peak_reserved_bytes
     row.reserved_arena_bytes = replay(_blocks(graph, plan)).peak_reserved_bytes
     if row.mode == "train" and not options.skip_node_ordering:
-        _halve(row, plan)
+        _halve(row, graph, order, seconds)
 
 
-def _halve(row: Row, plan: olla.Plan) -> None:
-    """What half of eager PyTorch's peak costs: the first point there, or below, on the curve that users ask for."""
-    if plan.peak_bytes * 2 <= plan.baseline_peak_bytes:
-        row.half_extra = row.half_least_extra = 0.0  # the order alone is enough
+def _halve(row: Row, graph: olla.Graph, order: olla.Schedule, seconds: tuple[float, ...]) -> None:
+    """What half of eager PyTorch's peak costs, in time."""
+    half = (row.simulated_eager_bytes or 0) // 2
+    try:
+        found = fitted(graph, order, seconds, half, time_limit=FITTING_SECONDS)
+    except olla.InfeasibleError as error:
+        row.smallest_bytes = error.best_bytes
         return
-    workload, training = planned_workload_of(row)
-    curve = olla.frontier(workload.model, workload.inputs, **training, time_limit=_CURVE_SECONDS, progress=False)
-    row.smallest_bytes = curve.schedules[-1].peak_bytes
-    for found in curve.schedules:
-        if found.peak_bytes * 2 <= curve.baseline_peak_bytes:
-            row.half_extra = found.extra_seconds / curve.seconds
-            row.half_least_extra = found.extra_seconds_lower_bound / curve.seconds
-            return
+    row.half_extra = found.extra_seconds / sum(seconds)
+    row.half_least_extra = found.extra_seconds_lower_bound / sum(seconds)
+    row.half_seconds = found.seconds if found is not order else 0.0
 
 
 def _blocks(graph: olla.Graph, plan: olla.Plan) -> list[Allocate]:

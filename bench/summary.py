@@ -33,12 +33,15 @@ class Summary:
     total_saving: float  # reserved with an arena, against reserved for eager PyTorch
     planning: str  # median and worst, in seconds
     placing: str
+    half_extra: float | None  # time, for half of the bytes, where that can be reached; of eager PyTorch's, estimated
+    half_planning: str
     beaten: int  # other orders, of Inductor and of the program, that are better
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Summary:
         """Of simulated rows, which have one batch size and one mode."""
         gaps = [row.gap or 0.0 for row in rows]
+        halves = [row for row in rows if row.half_extra is not None]
         others = [(row, getattr(row, f"inductor_{name}_bytes")) for row in rows for name in INDUCTOR]
         others += [(row, row.simulated_eager_bytes) for row in rows]
         return cls(
@@ -54,6 +57,8 @@ class Summary:
             total_saving=mean(saved(row.reserved_arena_bytes, row.reserved_eager_bytes) for row in rows),
             planning=_times([row.planning_seconds or 0.0 for row in rows]),
             placing=_times([row.placing_seconds or 0.0 for row in rows]),
+            half_extra=mean(row.half_extra or 0.0 for row in halves) if halves else None,
+            half_planning=_times([row.half_seconds or 0.0 for row in halves]) if halves else "-",
             beaten=sum(other < row.simulated_planned_bytes for row, other in others),
         )
 
@@ -71,6 +76,8 @@ SUMMARY_COLUMNS: dict[str, Callable[[Summary], str]] = {
     "saved in all": lambda summary: share(summary.total_saving),
     "planning s": lambda summary: summary.planning,
     "placing s": lambda summary: summary.placing,
+    "half: more time": lambda summary: share(summary.half_extra),
+    "half: planning s": lambda summary: summary.half_planning,
     "better orders": lambda summary: number(summary.beaten),
 }
 

@@ -128,9 +128,9 @@ def optimize(
         If ``spill_dir`` is not a directory, not writable, or has no room for what is spilled; nothing was changed.
     """
     options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
-    program = _program(model, loss_fn, targets, optimizer, process_group)
+    program = program_of(model, loss_fn, targets, optimizer, process_group)
     _require_shareable(program, options)
-    args, kwargs = _arguments(inputs, targets)
+    args, kwargs = arguments_of(inputs, targets)
     step = Step(
         program,
         options=options,
@@ -197,7 +197,7 @@ def optimize_step(
     program = Program(function, modules, optimizers, process_group=process_group)
     _require_shareable(program, options)
     step = Step(program, options=options)
-    args, kwargs = _arguments(example_args, None)
+    args, kwargs = arguments_of(example_args, None)
     step.prepare(*args, **kwargs)
     return step
 
@@ -246,8 +246,8 @@ def draft(
     options: Options,
 ) -> Draft:
     """What :func:`plan` makes, with the graph that the plan is for."""
-    step = Step(_program(model, loss_fn, targets, optimizer), options=options)
-    args, kwargs = _arguments(inputs, targets)
+    step = Step(program_of(model, loss_fn, targets, optimizer), options=options)
+    args, kwargs = arguments_of(inputs, targets)
     return step.draft_for(*args, **kwargs)
 
 
@@ -284,8 +284,8 @@ def frontier(
         If ``spill_dir`` is not a directory, or not writable.
     """
     options = _options(True, True, None, spill_dir, None, time_limit, cache_dir, progress)
-    step = Step(_program(model, loss_fn, targets, optimizer), options=options)
-    args, kwargs = _arguments(inputs, targets)
+    step = Step(program_of(model, loss_fn, targets, optimizer), options=options)
+    args, kwargs = arguments_of(inputs, targets)
     return step.frontier_for(points, *args, **kwargs)
 
 
@@ -306,8 +306,8 @@ def to_graph(
     CaptureError
         If the step cannot be captured.
     """
-    step = Step(_program(model, loss_fn, targets, optimizer), options=Options(progress=False))
-    args, kwargs = _arguments(inputs, targets)
+    step = Step(program_of(model, loss_fn, targets, optimizer), options=Options(progress=False))
+    args, kwargs = arguments_of(inputs, targets)
     return step.graph_for(*args, **kwargs)
 
 
@@ -344,7 +344,8 @@ def _require_shareable(program: Program, options: Options) -> None:
         )
 
 
-def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the program, by position and by name."""
     named = {} if targets is None else {"targets": targets}
     if isinstance(inputs, Tensor):
         return (inputs,), named
@@ -357,13 +358,14 @@ def _arguments(inputs: Inputs, targets: Any) -> tuple[tuple[Any, ...], dict[str,
     )
 
 
-def _program(
+def program_of(
     model: nn.Module,
     loss_fn: Any,
     targets: Any,
     optimizer: Optimizer | None,
     process_group: ProcessGroup | None = None,
 ) -> Program:
+    """What runs once: the model, and what trains it, if it is trained."""
     if targets is not None and loss_fn is None:
         raise CaptureError("targets without a loss_fn: pass the function that compares them with the output")
     if not isinstance(model, nn.Module):

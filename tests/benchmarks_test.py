@@ -98,6 +98,15 @@ class BenchmarksTest(unittest.TestCase):
         self.assertTrue((log.reserved_arena_bytes >= log.simulated_planned_bytes).all())
         self.assertRegex(text, r"train │ +4096 │ +2 │")
 
+    def test_half_of_the_bytes_costs_time_or_is_out_of_reach(self) -> None:
+        _, log, _ = self.run_with("-m", "tiny", "-m", "resnet18", "-b", "64", "--simulate")
+        training, inference = log[log["mode"] == "train"], log[log["mode"] == "eval"]
+        is_reached = training.half_extra >= training.half_least_extra
+        is_out_of_reach = training.smallest_bytes * 2 > training.simulated_eager_bytes
+        self.assertTrue((is_reached ^ is_out_of_reach).all())
+        self.assertGreater(training[training.model == "resnet18"].half_extra.item(), 0)
+        self.assertTrue(inference[["half_extra", "smallest_bytes"]].isna().all(axis=None))
+
     def test_simulated_rows_have_addresses(self) -> None:
         _, log, _ = self.run_with("-m", "tiny", "-b", "8", "--simulate")
         self.assertGreater(log.simulated_arena_bytes[0], 0)  # in training; the inference makes nothing but its output

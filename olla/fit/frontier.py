@@ -87,9 +87,9 @@ def frontier(
     if points < 2:
         raise InvalidBudgetError(f"points is {points}: a curve has two ends, ask for at least 2")
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
-    limit = time_limit / points
+    limit = time_limit / (2 * points)
     try:
-        least = work.within(0, time_limit=limit).peak_bytes
+        least = work.within(0, time_limit=time_limit / 2).peak_bytes
     except InfeasibleError as error:
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
