@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def allocate(
     gap
         Without a capacity: how far above the lower bound is near enough, as a share of it.
     time_limit
-        Seconds after which the best placement so far is returned. One is always made.
+        Seconds after which the best placement so far is returned. One is always made. What takes time once,
+        because the search has never been compiled on this machine, is not counted.
 
     Returns
     -------
@@ -71,6 +73,7 @@ def allocate(
     InvalidBuffersError
         If two buffers with fixed offsets are in each other's way, or ``alignment`` is below 1.
     """
+    _compile_first_fits()
     started = time.perf_counter()
     if alignment < 1:
         raise InvalidBuffersError(f"the alignment is {alignment}: it must be at least 1")
@@ -122,6 +125,11 @@ class _Search:
     def run(self) -> None:
         """Try first fits, improve them, then search, until the bound or the capacity is met or time is over."""
         self._try(first_fits(self._problem), self._deadline)
+        if self._ended:
+            return
+        started = time.perf_counter()
+        _compile_searches()
+        self._deadline += time.perf_counter() - started
         if len(self._problem.sizes) > _SEARCHED:
             self._improve_in_rounds()
         else:
@@ -213,6 +221,23 @@ class _Search:
             return False
         self.offsets, self.top, self.method = offsets, top, method
         return True
+
+
+def _pair() -> Problem:
+    return Problem.of([Buffer(0, 2, 1), Buffer(1, 3, 1)])
+
+
+@cache
+def _compile_first_fits() -> None:
+    next(first_fits(_pair()))
+
+
+@cache
+def _compile_searches() -> None:
+    """That takes some ten seconds, once, so it is done only when a first fit is not good enough."""
+    problem, random = _pair(), np.random.default_rng(0)
+    for tries in (lowered(problem, np.array([0, 9]), random), searches(problem, 2, 1, random, np.zeros_like(problem.load))):
+        next(tries)
 
 
 def _aligned(problem: Problem, alignment: int) -> Problem:

@@ -116,14 +116,21 @@ def _lightest(tiles: Tiles, buffer: int, around: Integers, ceiling: int, weight:
     bottoms = tiles.offsets[around]
     tops = bottoms + tiles.sizes[around]
     by_bottom, by_top = np.argsort(bottoms), np.argsort(tops)
-    # It is best to stand on another one (or the ground), or right below another one (or the ceiling).
-    places = np.empty(2 * count + 2, np.int64)
-    places[:count] = -(-tops // step) * step
-    places[count : 2 * count] = (bottoms - size) // step * step
-    places[2 * count], places[2 * count + 1] = 0, (ceiling - size) // step * step
-    places.sort()
+    # It is best to stand on another one (or the ground), or right below another one (or the ceiling). Both kinds
+    # are in order already, and are merged.
+    standing, hanging = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
+    standing[0], hanging[count] = 0, (ceiling - size) // step * step
+    standing[1:] = -(-tops[by_top] // step) * step
+    hanging[:count] = (bottoms[by_bottom] - size) // step * step
+    above, below = 0, 0
     entered, left, fixed, total, least, best = 0, 0, 0, 0.0, np.inf, -1
-    for at in places:
+    while above <= count or below <= count:
+        if below > count or (above <= count and standing[above] <= hanging[below]):
+            at = standing[above]
+            above += 1
+        else:
+            at = hanging[below]
+            below += 1
         if at < 0 or at + size > ceiling:
             continue
         while entered < count and bottoms[by_bottom[entered]] < at + size:

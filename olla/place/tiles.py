@@ -92,10 +92,10 @@ def neighbours(tiles: Tiles, buffer: int) -> Integers:
     found = np.empty((tiles.end[low:high] - tiles.start[low:high]).sum(), np.int64)
     count = 0
     for tile in range(low, high):
+        begin = 0 if tile == low else tile * tiles.width  # what began before was found in the tile before
         for k in range(tiles.start[tile], tiles.end[tile]):
             other = tiles.listed[k]
-            together = tiles.first[other] <= last and first <= tiles.last[other]
-            if together and max(tiles.first[other], first) // tiles.width == tile:  # the first tile of both
+            if begin <= tiles.first[other] <= last and first <= tiles.last[other]:
                 found[count] = other
                 count += 1
     return found[:count]
