@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torchvision
 import transformers
-from compile_test import CLASSES, CompiledTestCase, small_network
+from compile_test import CLASSES, CompiledTestCase, slow, small_network
 from eager import sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -132,11 +132,13 @@ class CompiledGraphTest(CompiledTestCase):
             graph.not_executed = "to compare with"
         self.assertLessEqual(placed, self.peak_of(step))
 
+    @slow
     def test_resnet18(self) -> None:
         images, classes = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2,))
         model = torchvision.models.resnet18(num_classes=CLASSES)
         self.check_training(model, lambda net: F.cross_entropy(net(images), classes))
 
+    @slow
     def test_vision_transformer(self) -> None:
         model = torchvision.models.VisionTransformer(32, 8, 3, 2, 64, 128, dropout=0.1, num_classes=CLASSES)
         images, classes = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2,))

@@ -236,7 +236,10 @@ def _compile_first_fits() -> None:
 def _compile_searches() -> None:
     """That takes some ten seconds, once, so it is done only when a first fit is not good enough."""
     problem, random = _pair(), np.random.default_rng(0)
-    for tries in (lowered(problem, np.array([0, 9]), random), searches(problem, 2, 1, random, np.zeros_like(problem.load))):
+    for tries in (
+        lowered(problem, np.array([0, 9]), random),
+        searches(problem, 2, 1, random, np.zeros_like(problem.load)),
+    ):
         next(tries)
 
 
