@@ -25,7 +25,7 @@ _SEARCHED = 3_000  # buffers; above, first fits, ejections and windows take turn
 _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
-_IDLE_TRIES = 60  # mended first fits in a row in vain, after which the ejections have their turn
+_IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one is tried
 _UNKNOWN = 2**62
@@ -221,7 +221,10 @@ def _compile_first_fits() -> None:
 def _compile_searches() -> None:
     """That takes some ten seconds, once, so it is done only when a first fit is not good enough."""
     problem, random = _pair(), np.random.default_rng(0)
-    for tries in (lowered(problem, np.array([0, 9]), random), searches(problem, 2, 1, random, np.zeros_like(problem.load))):
+    for tries in (
+        lowered(problem, np.array([0, 9]), random),
+        searches(problem, 2, 1, random, np.zeros_like(problem.load)),
+    ):
         next(tries)
 
 
