@@ -106,6 +106,17 @@ class AllocateTest(unittest.TestCase):
             top = int((offsets + [buffer.size for buffer in solid]).max(initial=0))
             self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
 
+    def test_first_fits_do_not_depend_on_how_the_buffers_are_given(self) -> None:
+        draw = np.random.default_rng(0)
+        lives, sizes = draw.integers(2, 40, 400), draw.choice([1, 2, 4, 8], 400)  # few sizes, so many are alike
+        given = [Buffer(t, t + int(life), int(size)) for t, (life, size) in enumerate(zip(lives, sizes, strict=True))]
+        given += [Buffer(t, t + 1, 999) for t in range(400)]  # so that each time is a section of its own
+        shuffled = draw.permutation(len(given))
+        fits = dict(filter(None, first_fits(Problem.of(given))))
+        others = dict(filter(None, first_fits(Problem.of([given[index] for index in shuffled]))))
+        for method, offsets in fits.items():
+            self.assertEqual(offsets[shuffled].tolist(), others[method].tolist(), method)
+
     @given(buffers(most=20))
     def test_every_mended_fit_and_every_lowered_placement_is_sound(self, given: list[Buffer]) -> None:
         solid = [Buffer(0, 1, 1), *(buffer for buffer in given if buffer.size and buffer.offset is None)]
