@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import unittest
 from bisect import bisect_left
 from itertools import chain, islice, permutations
@@ -274,6 +278,23 @@ class AllocateTest(unittest.TestCase):
         placement = allocate(given, time_limit=60)
         self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes), (7, 6))
         self.assertLess(placement.seconds, 60)  # before its time is over
+
+    @unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "compiles the search anew: RUN_SKIPPED=1 runs it")
+    def test_compiling_is_not_counted(self) -> None:
+        # No first fit is best here, and compiling the search takes longer than the limit.
+        code = """
+import numpy as np
+from olla import Buffer, allocate
+draw = np.random.default_rng(0)
+lives, sizes = draw.integers(1, 20, 60), draw.integers(1, 2**20, 60)
+rows = enumerate(zip(lives.tolist(), sizes.tolist()))
+print(allocate([Buffer(t, t + life, size) for t, (life, size) in rows], time_limit=2).method)
+"""
+        with tempfile.TemporaryDirectory() as fresh:
+            environment = {**os.environ, "NUMBA_CACHE_DIR": fresh}
+            found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        self.assertEqual(found.returncode, 0, found.stderr)
+        self.assertNotIn("first fit", found.stdout.replace("mended first fit", ""))
 
     def test_time_ends_the_improvement_of_a_large_placement(self) -> None:
         given = stream(10_000, longest=5_000)
