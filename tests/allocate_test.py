@@ -77,6 +77,21 @@ def stream(count: int, longest: int) -> list[Buffer]:
     return [Buffer(t, t + int(life), int(size)) for t, (life, size) in enumerate(zip(lives, sizes, strict=True))]
 
 
+def tight() -> list[Buffer]:
+    """A square of 36 x 36, cut by random guillotine cuts: no byte may be wasted, and first fits waste some."""
+    draw = np.random.default_rng(1)
+    pieces = [(0, 36, 0, 36)]
+    while len(pieces) < 60:
+        left, right, low, high = pieces.pop(int(np.argmax([(b - a) * (d - c) for a, b, c, d in pieces])))
+        if right - left > high - low:
+            cut = int(draw.integers(left + 1, right))
+            pieces += [(left, cut, low, high), (cut, right, low, high)]
+        else:
+            cut = int(draw.integers(low + 1, high))
+            pieces += [(left, right, low, cut), (left, right, cut, high)]
+    return [Buffer(left, right, high - low) for left, right, low, high in pieces]
+
+
 def optimum(buffers: list[Buffer]) -> int:
     """The smallest arena: some order, each buffer at the lowest free offset, is a best placement."""
     solid = [buffer for buffer in buffers if buffer.size]
@@ -232,18 +247,7 @@ class AllocateTest(unittest.TestCase):
         self.assertEqual([_luby(i) for i in range(1, 16)], [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8])
 
     def test_a_tight_instance_is_solved(self) -> None:
-        # Cut a square of 36 x 36 by random guillotine cuts: no byte may be wasted, and first fits waste some.
-        draw = np.random.default_rng(1)
-        pieces = [(0, 36, 0, 36)]
-        while len(pieces) < 60:
-            left, right, low, high = pieces.pop(int(np.argmax([(b - a) * (d - c) for a, b, c, d in pieces])))
-            if right - left > high - low:
-                cut = int(draw.integers(left + 1, right))
-                pieces += [(left, cut, low, high), (cut, right, low, high)]
-            else:
-                cut = int(draw.integers(low + 1, high))
-                pieces += [(left, right, low, cut), (left, right, cut, high)]
-        square = [Buffer(left, right, high - low) for left, right, low, high in pieces]
+        square = tight()
         problem = Problem.of(square)
         first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in filter(None, first_fits(problem)))
         self.assertGreater(first_fit, 36)
@@ -281,20 +285,13 @@ class AllocateTest(unittest.TestCase):
 
     @unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "compiles the search anew: RUN_SKIPPED=1 runs it")
     def test_compiling_is_not_counted(self) -> None:
-        # No first fit is best here, and compiling the search takes longer than the limit.
-        code = """
-import numpy as np
-from olla import Buffer, allocate
-draw = np.random.default_rng(0)
-lives, sizes = draw.integers(1, 20, 60), draw.integers(1, 2**20, 60)
-rows = enumerate(zip(lives.tolist(), sizes.tolist()))
-print(allocate([Buffer(t, t + life, size) for t, (life, size) in rows], time_limit=2).method)
-"""
+        rows = [(buffer.lower, buffer.upper, buffer.size) for buffer in tight()]
+        placed = f"allocate([Buffer(*row) for row in {rows}], time_limit=1)"
+        code = f"from olla import Buffer, allocate; print({placed}.arena_bytes)"
         with tempfile.TemporaryDirectory() as fresh:
             environment = {**os.environ, "NUMBA_CACHE_DIR": fresh}
             found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        self.assertEqual(found.returncode, 0, found.stderr)
-        self.assertNotIn("first fit", found.stdout.replace("mended first fit", ""))
+        self.assertEqual((found.stdout, found.returncode), ("36\n", 0), found.stderr)
 
     def test_time_ends_the_improvement_of_a_large_placement(self) -> None:
         given = stream(10_000, longest=5_000)
