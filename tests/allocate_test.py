@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import unittest
 from bisect import bisect_left
 from itertools import chain, islice, permutations
@@ -73,6 +77,21 @@ def stream(count: int, longest: int) -> list[Buffer]:
     return [Buffer(t, t + int(life), int(size)) for t, (life, size) in enumerate(zip(lives, sizes, strict=True))]
 
 
+def tight() -> list[Buffer]:
+    """A square of 36 x 36, cut by random guillotine cuts: no byte may be wasted, and first fits waste some."""
+    draw = np.random.default_rng(1)
+    pieces = [(0, 36, 0, 36)]
+    while len(pieces) < 60:
+        left, right, low, high = pieces.pop(int(np.argmax([(b - a) * (d - c) for a, b, c, d in pieces])))
+        if right - left > high - low:
+            cut = int(draw.integers(left + 1, right))
+            pieces += [(left, cut, low, high), (cut, right, low, high)]
+        else:
+            cut = int(draw.integers(low + 1, high))
+            pieces += [(left, right, low, cut), (left, right, cut, high)]
+    return [Buffer(left, right, high - low) for left, right, low, high in pieces]
+
+
 def optimum(buffers: list[Buffer]) -> int:
     """The smallest arena: some order, each buffer at the lowest free offset, is a best placement."""
     solid = [buffer for buffer in buffers if buffer.size]
@@ -105,6 +124,17 @@ class AllocateTest(unittest.TestCase):
         for method, offsets in filter(None, first_fits(problem)):
             top = int((offsets + [buffer.size for buffer in solid]).max(initial=0))
             self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
+
+    def test_first_fits_do_not_depend_on_how_the_buffers_are_given(self) -> None:
+        draw = np.random.default_rng(0)
+        lives, sizes = draw.integers(2, 40, 400), draw.choice([1, 2, 4, 8], 400)  # few sizes, so many are alike
+        given = [Buffer(t, t + int(life), int(size)) for t, (life, size) in enumerate(zip(lives, sizes, strict=True))]
+        given += [Buffer(t, t + 1, 999) for t in range(400)]  # so that each time is a section of its own
+        shuffled = draw.permutation(len(given))
+        fits = dict(filter(None, first_fits(Problem.of(given))))
+        others = dict(filter(None, first_fits(Problem.of([given[index] for index in shuffled]))))
+        for method, offsets in fits.items():
+            self.assertEqual(offsets[shuffled].tolist(), others[method].tolist(), method)
 
     @given(buffers(most=20))
     def test_every_mended_fit_and_every_lowered_placement_is_sound(self, given: list[Buffer]) -> None:
@@ -217,18 +247,7 @@ class AllocateTest(unittest.TestCase):
         self.assertEqual([_luby(i) for i in range(1, 16)], [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8])
 
     def test_a_tight_instance_is_solved(self) -> None:
-        # Cut a square of 36 x 36 by random guillotine cuts: no byte may be wasted, and first fits waste some.
-        draw = np.random.default_rng(1)
-        pieces = [(0, 36, 0, 36)]
-        while len(pieces) < 60:
-            left, right, low, high = pieces.pop(int(np.argmax([(b - a) * (d - c) for a, b, c, d in pieces])))
-            if right - left > high - low:
-                cut = int(draw.integers(left + 1, right))
-                pieces += [(left, cut, low, high), (cut, right, low, high)]
-            else:
-                cut = int(draw.integers(low + 1, high))
-                pieces += [(left, right, low, cut), (left, right, cut, high)]
-        square = [Buffer(left, right, high - low) for left, right, low, high in pieces]
+        square = tight()
         problem = Problem.of(square)
         first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in filter(None, first_fits(problem)))
         self.assertGreater(first_fit, 36)
@@ -263,6 +282,16 @@ class AllocateTest(unittest.TestCase):
         placement = allocate(given, time_limit=60)
         self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes), (7, 6))
         self.assertLess(placement.seconds, 60)  # before its time is over
+
+    @unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "compiles the search anew: RUN_SKIPPED=1 runs it")
+    def test_compiling_is_not_counted(self) -> None:
+        rows = [(buffer.lower, buffer.upper, buffer.size) for buffer in tight()]
+        placed = f"allocate([Buffer(*row) for row in {rows}], time_limit=1)"
+        code = f"from olla import Buffer, allocate; print({placed}.arena_bytes)"
+        with tempfile.TemporaryDirectory() as fresh:
+            environment = {**os.environ, "NUMBA_CACHE_DIR": fresh}
+            found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        self.assertEqual((found.stdout, found.returncode), ("36\n", 0), found.stderr)
 
     def test_time_ends_the_improvement_of_a_large_placement(self) -> None:
         given = stream(10_000, longest=5_000)

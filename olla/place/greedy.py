@@ -20,6 +20,8 @@ __all__ = ["first_fits", "mended_fits"]
 
 _ROUNDS = ((10, 8), (4, 16), (2, 32))  # so many of the best orders are mended so many times
 _FIRST = 1e9  # what is multiplied by it decides, and the rest only where that is equal
+_BAND = 0.1  # of the largest load: sections whose loads differ by less are as full as each other
+_FULL = 0.99  # of the largest load, and more
 _CHUNK = 2**27  # placed buffers looked at, at most, between two looks at the clock
 
 Numbers = npt.NDArray[np.float64]
@@ -56,7 +58,8 @@ def _preferences(problem: Problem) -> dict[str, Numbers]:
     """How early each buffer comes: logarithms of products of size, lifetime and load."""
     size = np.log(problem.sizes)
     lifetime = np.log(problem.last - problem.first + 1)
-    load = np.log(problem.largest(problem.load))
+    largest = problem.largest(problem.load)
+    load, share = np.log(largest), largest / max(1, int(problem.load.max(initial=0)))
     return {
         "size": size,
         "size and load": size + 8 * load,
@@ -68,12 +71,18 @@ def _preferences(problem: Problem) -> dict[str, Numbers]:
         "area": size + lifetime,
         "lifetime, then size": _FIRST * lifetime + size,
         "begin": -problem.first + size / 100,
+        "tenths of the load, then size": _FIRST * np.floor(share / _BAND) + size,
+        "the fullest, then size": _FIRST * (share >= _FULL) + size,
     }
 
 
 def _first_fit(problem: Problem, preference: Numbers) -> Iterator[Integers | None]:
-    """The offsets, after what is fixed; first None after each piece of the work."""
-    order = np.lexsort((-preference, problem.fixed < 0))
+    """The offsets, after what is fixed; first None after each piece of the work.
+
+    What is preferred equally comes in the order of its begin. Programs have few sizes, and many buffers of each:
+    in an order of chance they need 5 to 25 % more.
+    """
+    order = np.lexsort((problem.first, -preference, problem.fixed < 0))
     tiles = empty_tiles(problem)
     step = 1 + _CHUNK // max(1, len(order))
     for begin in range(0, len(order), step):
