@@ -34,7 +34,7 @@ def simulate(row: Row, options: argparse.Namespace) -> None:
     row.reserved_eager_bytes = replay(eager_events_of(graph)).peak_reserved_bytes
     row.reserved_planned_bytes = replay(events_of(graph, plan.order)).peak_reserved_bytes
     row.reserved_arena_bytes = replay(_blocks(graph, plan)).peak_reserved_bytes
-    if row.mode == "train" and not options.skip_node_ordering:
+    if row.mode == "train" and not (options.quick or options.skip_node_ordering):
         _halve(row, graph, order, seconds)
 
 

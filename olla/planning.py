@@ -53,7 +53,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_PLACING = 1 / 2  # of the time limit; nearly always, a moment is enough
+_PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
 _FITTING = 1 / 3  # of the time limit
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset

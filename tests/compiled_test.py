@@ -86,12 +86,16 @@ class CompiledGraphTest(CompiledTestCase):
         self.addCleanup(patch.stop)
         self.addCleanup(TROUBLE.update, backward=False, extra=0)
 
-    def compare(self, model: nn.Module, loop: Loop, *, steps: int = STEPS, **options: Any) -> None:
+    def compare(
+        self, model: nn.Module, loop: Loop, *, steps: int = STEPS, updates_inside: bool = False, **options: Any
+    ) -> None:
         sides = []
         for _ in range(2):
             side = copy.deepcopy(model).train()
             sides.append((side, sgd(side.parameters())))
-        (eager, _), (planned, _) = sides
+        (eager, _), (planned, its_optimizer) = sides
+        if updates_inside:
+            options["optimizer"] = its_optimizer
         nets = (eager, torch.compile(planned, backend=olla, options=options))
         for number in range(steps):
             seen = []
@@ -150,6 +154,13 @@ class CompiledGraphTest(CompiledTestCase):
         self.check_training(
             transformers.GPT2LMHeadModel(config), lambda net: net(input_ids=ids, labels=ids).loss, graphs=2
         )
+
+    def test_updates_inside_backward_run_in_the_arena(self) -> None:
+        def loop(net: nn.Module, optimizer: Optimizer, _: int) -> Tensor:
+            return train(net, optimizer, net(self.x).square().mean())
+
+        self.compare(perceptron(), loop, updates_inside=True)
+        self.assert_hit()
 
     def test_what_forward_saves_is_in_the_arena_and_results_are_not(self) -> None:
         compiled = torch.compile(perceptron(), backend=olla)

@@ -19,7 +19,7 @@ from olla.place.problem import Integers, Problem
 __all__ = ["Grid", "grids"]
 
 _UNITS = 1_000  # that the bound has, at most: finer grids help little
-_COST = 1e-3  # of the bound: what rounding may add to it
+_COST = 6e-3  # of the bound: what rounding may add to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Grid:
 
 
 def grids(problem: Problem) -> Iterator[Grid]:
-    """Those that raise the bound least, if hardly; none if buffers are fixed, or all are whole units as they are."""
+    """Those that hardly raise the bound, coarsest first; none if buffers are fixed, or all are whole units already."""
     if (problem.fixed >= 0).any() or not len(problem.sizes):
         return
     alignment = int(np.lcm.reduce(problem.alignment))
-    found: list[tuple[int, int, Grid]] = []
+    found: list[Grid] = []
     for size in np.unique(problem.sizes[problem.sizes * _UNITS > problem.bound]).tolist():
         unit = -(-size // alignment) * alignment
         large = problem.sizes * 2 >= unit
@@ -53,7 +53,6 @@ def grids(problem: Problem) -> Iterator[Grid]:
             problem.first[large].tolist(), problem.last[large].tolist(), problem.sizes[large].tolist(), strict=True
         )
         coarse = Problem.of([Buffer(first, last + 1, -(-size // unit)) for first, last, size in lives])
-        found.append((coarse.bound * unit + small.bound, len(found), Grid(unit, large, coarse)))
-    yield from (
-        grid for bound, _, grid in sorted(found, key=lambda one: one[:2]) if bound <= problem.bound * (1 + _COST)
-    )
+        if coarse.bound * unit + small.bound <= problem.bound * (1 + _COST):
+            found.append(Grid(unit, large, coarse))
+    yield from sorted(found, key=lambda grid: -grid.unit)
