@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import unittest
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from olla.fit.spill import Bandwidth
 from olla.graph.check import verify
 from olla.ilp import fit
 from olla.solve import available
+
+CASES = 20 if os.environ.get("RUN_SKIPPED") else 10  # pairs of small graphs
 
 
 def training(layers: int, *, in_place: bool = False, drops: bool = False) -> Graph:
@@ -119,7 +122,7 @@ class FittingTest(unittest.TestCase):
     def test_small_graphs_cost_seldom_more_than_the_optimum(self) -> None:
         cases = tight_cases(random.Random(1))
         seen = optimal = proven = 0
-        while seen < 40:
+        while seen < 2 * CASES:
             graph, start, seconds, budget = next(cases)
             try:
                 best = fit(graph, budget, seconds, repeats=4, solver="cpsat")
@@ -139,15 +142,15 @@ class FittingTest(unittest.TestCase):
             self.assertLessEqual(found.extra_seconds_lower_bound, best.extra_seconds + 1e-6)
             proven += found.extra_seconds_lower_bound > best.extra_seconds / 2
             optimal += found.extra_seconds < best.extra_seconds + 1e-6
-        self.assertGreaterEqual(optimal, 20)
-        self.assertGreaterEqual(proven, 5)
+        self.assertGreaterEqual(optimal, CASES)
+        self.assertGreaterEqual(proven, 3 * CASES // 10)
 
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
     def test_spilling_and_recomputing_cost_seldom_more_than_the_optimum(self) -> None:
         draw = random.Random(2)
         cases = tight_cases(draw)
         seen = optimal = spilling = 0
-        while seen < 30:
+        while seen < 2 * CASES:
             graph, start, seconds, budget = next(cases)
             speed = float(draw.randint(1, 9))
             try:
@@ -162,8 +165,8 @@ class FittingTest(unittest.TestCase):
             self.assertLessEqual(found.extra_seconds_lower_bound, best.extra_seconds + 1e-6)
             optimal += found.extra_seconds < best.extra_seconds + 1e-6
             spilling += bool(found.spills)
-        self.assertGreaterEqual(optimal, 15)
-        self.assertGreaterEqual(spilling, 5)
+        self.assertGreaterEqual(optimal, CASES)
+        self.assertGreaterEqual(spilling, 2 * CASES // 5)
 
     def test_the_bound_of_a_chain_is_close(self) -> None:
         graph = training(24, in_place=True)
