@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,9 +75,9 @@ __all__ = [
     "inductor",
     "inductor_planned",
     "input_position",
+    "is_called_by_scaler",
     "is_collective",
     "is_distributed",
-    "is_stepped_by_scaler",
     "is_tangent",
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
@@ -89,6 +90,7 @@ __all__ = [
     "storage_key",
     "trace_fake",
     "unflatten",
+    "runs_scaler",
     "will_accumulate",
     "written_arguments",
 ]
@@ -246,12 +248,20 @@ def bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
-def is_stepped_by_scaler() -> bool:
-    """Whether ``GradScaler.step`` is among the callers, of one that scales."""
+def runs_scaler(frame: FrameType) -> bool:
+    """Whether a method of a ``GradScaler`` that scales runs in ``frame``."""
+    if frame.f_code.co_filename != GradScaler.step.__code__.co_filename:
+        return False
+    scaler = frame.f_locals.get("self")
+    return isinstance(scaler, GradScaler) and scaler.is_enabled()
+
+
+def is_called_by_scaler() -> bool:
+    """Whether such a method is among the callers."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is GradScaler.step.__code__:
-            return bool(frame.f_locals["self"].is_enabled())
+        if runs_scaler(frame):
+            return True
         frame = frame.f_back
     return False
 

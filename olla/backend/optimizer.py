@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from olla.capture.trial import separable
 from olla.capture.updates import Update, is_watched, needs_closure
 from olla.errors import CaptureError, ExecutionError, InvalidOptionError
-from olla.torch_private import graph_task, has_gradient_hooks, is_stepped_by_scaler, will_accumulate
+from olla.torch_private import graph_task, has_gradient_hooks, is_called_by_scaler, will_accumulate
 
 __all__ = ["BackwardOptimizer"]
 
@@ -133,7 +133,7 @@ class BackwardOptimizer:
             if found.arrived is None:
                 continue
             (gradient, version), found.arrived = found.arrived, None
-            if found.parameter.grad is not gradient or gradient._version != version or is_stepped_by_scaler():
+            if found.parameter.grad is not gradient or gradient._version != version or is_called_by_scaler():
                 raise ExecutionError(
                     f"the gradient of {_described(found.parameter)} is changed between its backward pass and "
                     "optimizer.step(), as clipping, torch.amp.GradScaler and accumulation do: compile the model "

@@ -20,12 +20,12 @@ from olla.torch_private import (
     graph_being_traced,
     latest_autograd_node,
     running_autograd_node,
+    runs_scaler,
 )
 
 __all__ = ["SourceRecorder", "line_of_error"]
 
 _LIBRARIES = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep, "<")
-_SCALER = torch.amp.GradScaler.scale.__code__.co_filename
 
 
 def line_of_error(error: BaseException) -> str:
@@ -81,10 +81,9 @@ class SourceRecorder(TorchDispatchMode):
         frame: FrameType | None = sys._getframe(2)
         line, is_scaling = "", False
         while frame is not None and frame.f_code is not self._root and not line:
-            file = frame.f_code.co_filename
-            is_scaling = is_scaling or (file == _SCALER and _is_enabled(frame.f_locals.get("self")))
-            if not file.startswith(_LIBRARIES):
-                line = f"{file}:{frame.f_lineno}"
+            is_scaling = is_scaling or runs_scaler(frame)
+            if not frame.f_code.co_filename.startswith(_LIBRARIES):
+                line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             frame = frame.f_back
         if is_scaling:
             raise CaptureError(
@@ -92,7 +91,3 @@ class SourceRecorder(TorchDispatchMode):
                 "use bfloat16, which needs none, or plan the backward pass alone and step the scaler outside"
             )
         return line
-
-
-def _is_enabled(scaler: object) -> bool:
-    return isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled()
