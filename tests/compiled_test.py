@@ -61,6 +61,15 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
 
 
+class TroubledModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Troubled.apply(self.net(x))
+
+
 def train(net: nn.Module, optimizer: Optimizer, loss: Tensor) -> Tensor:
     optimizer.zero_grad()
     loss.backward()
@@ -253,14 +262,6 @@ class CompiledGraphTest(CompiledTestCase):
         self.assert_hit()
 
     def test_an_exception_in_backward(self) -> None:
-        class Model(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.net = perceptron()
-
-            def forward(self, x: Tensor) -> Tensor:
-                return Troubled.apply(self.net(x))
-
         def loop(net: nn.Module, optimizer: Optimizer, number: int) -> Tensor | None:
             TROUBLE["backward"] = number in (0, 2, 5)
             try:
@@ -268,24 +269,16 @@ class CompiledGraphTest(CompiledTestCase):
             except RuntimeError:
                 return None
 
-        self.compare(Model(), loop)
+        self.compare(TroubledModel(), loop)
         self.assert_hit()
 
     def test_operators_that_never_allocate_the_same_are_given_up(self) -> None:
-        class Model(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.net = perceptron()
-
-            def forward(self, x: Tensor) -> Tensor:
-                return Troubled.apply(self.net(x))
-
         def loop(net: nn.Module, optimizer: Optimizer, _: int) -> Tensor:
             TROUBLE["extra"] += 64
             return train(net, optimizer, net(self.x).square().mean())
 
         with self.assertLogs("olla", "WARNING") as logs:
-            self.compare(Model(), loop, steps=24)
+            self.compare(TroubledModel(), loop, steps=24)
         self.assertIn("its allocations are not the same in every step", logs.output[-1])
         self.assertIsNone(self.graphs[0].replay)
         self.assertEqual(self.graphs[0].arena.arena_bytes, 0)

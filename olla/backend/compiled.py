@@ -122,7 +122,7 @@ class CompiledGraph(Replaying):
                 self._missed = 0
             elif self._is_over and attempt is not None:
                 with attempt.recorder:
-                    """The recording ends."""
+                    pass  # its last part, in which nothing runs: until here, releases were noted
                 try:
                     self._learn(attempt)
                 except InvalidPlanError as error:  # another backward pass has kept what is saved, say
