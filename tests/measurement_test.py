@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import unittest
+from unittest import mock
 
 import torch
 from eager import sgd
 from torch import Tensor, nn
 
 import olla
+from olla.measure import measurement
 from olla.measure.measurement import measure
 
 CPU = torch.device("cpu")
@@ -35,10 +37,12 @@ class MeasurementTest(unittest.TestCase):
         measured = measure(lambda: torch.empty(8), lambda: None, device=CPU, planned_bytes=31)
         self.assertEqual((measured.peak_bytes, measured.exact), (32, False))
 
-    def test_both_steps_run_equally_often(self) -> None:
-        calls: list[str] = []
-        measure(lambda: calls.append("planned"), lambda: calls.append("eager"), device=CPU, planned_bytes=0, pairs=3)
-        self.assertEqual((calls.count("planned"), calls.count("eager")), (5, 5))
+    def test_both_steps_run_equally_often_and_less_often_if_they_take_long(self) -> None:
+        for long, pairs in ((10.0, 9), (0.0, 5)):
+            calls: list[str] = []
+            with mock.patch.object(measurement, "_LONG", long):
+                measure(lambda: calls.append("planned"), lambda: calls.append("eager"), device=CPU, planned_bytes=0)
+            self.assertEqual((calls.count("planned"), calls.count("eager")), (pairs + 2, pairs + 2))
 
     def test_updating_early_saves_what_the_plan_says(self) -> None:
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))

@@ -20,6 +20,10 @@ __all__ = ["Measurement", "measure", "peak_of"]
 
 Call = Callable[[], Any]
 
+_PAIRS = 9  # of steps, that are timed
+_FEWEST_PAIRS = 5  # if they take long
+_LONG = 10.0  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -58,12 +62,12 @@ def measure(
     replay: Replay | None = None,
     spiller: Spiller | None = None,
     outside_bytes: int = 0,
-    pairs: int = 9,
 ) -> Measurement:
     """Run both steps, first for memory, then in turn for time.
 
     ``planned`` and ``eager`` run one step each; the caller keeps whatever state they change. If
     ``planned`` is a ``replay`` in an arena, it allocates ``outside_bytes`` beside it. Its ``spiller`` is asked, too.
+    Nine pairs of steps are timed, or at least five if they take long.
     """
     for call in (eager, planned):
         call()  # warm up: optimizer state, caches of the kernels
@@ -74,7 +78,8 @@ def measure(
             peak += replay.arena.arena_bytes
         reserved = replay.arena.arena_bytes + outside_bytes
     ratios, planned_seconds, eager_seconds, spill_seconds = [], [], [], []
-    for _ in range(pairs):
+    started = time.perf_counter()
+    while (pairs := len(ratios)) < _FEWEST_PAIRS or (pairs < _PAIRS and time.perf_counter() - started < _LONG):
         eager_seconds.append(_seconds(eager, device))
         planned_seconds.append(_seconds(planned, device))
         spill_seconds.append(spiller.seconds if spiller else 0.0)
