@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import unittest
+from functools import partial
 from unittest import mock
 
 import torch
@@ -41,7 +42,7 @@ class MeasurementTest(unittest.TestCase):
         for long, pairs in ((10.0, 9), (0.0, 5)):
             calls: list[str] = []
             with mock.patch.object(measurement, "_LONG", long):
-                measure(lambda: calls.append("planned"), lambda: calls.append("eager"), device=CPU, planned_bytes=0)
+                measure(partial(calls.append, "planned"), partial(calls.append, "eager"), device=CPU, planned_bytes=0)
             self.assertEqual((calls.count("planned"), calls.count("eager")), (pairs + 2, pairs + 2))
 
     def test_updating_early_saves_what_the_plan_says(self) -> None:
