@@ -9,6 +9,7 @@
     python benchmarks.py --spilling                   the same, kept by recomputing and by spilling to a file
     python benchmarks.py --ilp                        the paper's integer program, with every solver that is installed
     python benchmarks.py --peers                      PyTorch's own means to save memory, and OLLA within budgets
+    python benchmarks.py --compile                    torch.compile, with each backend
     python benchmarks.py --soak                       10,000 steps: does memory grow?
     python benchmarks.py --write                      docs/results.md and the README's table, from the log
 
@@ -33,6 +34,8 @@ With --peers, three models of sizes of their own are trained by eager PyTorch, w
 backward pass, with checkpoints, compiled, and by OLLA within byte budgets, in one process. Every peak is measured by
 the same code; steps take turns, and a time is relative to that of eager PyTorch in the same round. "Same numbers":
 after two steps, losses and parameters are those of eager PyTorch, bit for bit.
+With --compile, models are trained so with torch.compile and its backends, OLLA's among them;
+the log is beside the other one, as .compile.csv, and --write takes it up.
 With --soak, one small step runs 10,000 times in this process, whose resident memory is noted every 100 steps, with
 the allocations that missed their addresses; figures and picture are beside the log, as .soak.csv and .soak.png, and
 --write takes them up.
@@ -53,10 +56,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from bench import cells
+from bench.backends import COMPILED, backends
 from bench.comparison import SAVINGS, compare
 from bench.contest import Result, show_contest
 from bench.document import write_document
@@ -65,6 +70,7 @@ from bench.log import read_log, write_log
 from bench.machine import machine
 from bench.malloc import tune_malloc
 from bench.models import MODELS, QUICK
+from bench.peers import contenders
 from bench.picture import draw_contests, draw_peaks, draw_soak
 from bench.profile import profile
 from bench.row import Row
@@ -75,6 +81,8 @@ from bench.table import show, show_table
 from bench.training import SUBJECTS
 from olla.errors import OllaError
 from olla.solve import available
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent
 # Options that decide what a row holds, beside those that are its columns.
@@ -101,15 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-m",
         "--model",
-        choices=sorted({*MODELS, *SUBJECTS}),
+        choices=sorted({*MODELS, *COMPILED}),
         action="append",
         metavar="NAME",
-        help=f"may be repeated; default all; with --peers: {', '.join(SUBJECTS)}",
+        help=f"may be repeated; default all; with --peers: {', '.join(SUBJECTS)}; with --compile: {', '.join(COMPILED)}",
     )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="where steps are run and measured; default: a GPU, if there is one; with --peers, the CPU",
+        help="where steps are run and measured; default: a GPU, if there is one; with --peers and --compile, the CPU",
     )
     parser.add_argument("--mode", choices=("eval", "train"), action="append", help="may be repeated; default both")
     parser.add_argument("--log-path", type=Path, default=Path("benchmarks.csv"), help="default %(default)s")
@@ -160,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="what else saves memory, and OLLA, with a tuned malloc; a picture is drawn beside the log",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile, with OLLA and other backends, with a tuned malloc"
+    )
     parser.add_argument("--soak", action="store_true", help="a small step, 10,000 times; a picture of resident memory")
     parser.add_argument("--form", choices=FORMS, action="append", help="with --ilp: may be repeated; default all")
     parser.add_argument("--solver", choices=("cpsat", "gurobi", "highs"), action="append", help="as --form")
@@ -182,27 +193,30 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--write runs nothing: only --log-path goes with it")
     if options.soak and given - {"soak", "log_path"}:
         parser.error("--soak has a model of its own, on the CPU: only --log-path goes with it")
+    options.contest = options.peers or options.compile
     measuring = options.execute or options.skip_simulation or options.skip_node_ordering
-    measuring = measuring or (options.tuned_malloc and not options.peers)
+    measuring = measuring or (options.tuned_malloc and not options.contest)
     options.within_budgets = options.rematerialization or options.spilling
-    others = [options.simulate, options.gpu_profile, options.ilp, options.within_budgets, options.peers]
+    others = [options.simulate, options.gpu_profile, options.ilp, options.within_budgets]
+    others += [options.peers, options.compile]
     if sum(others) + bool(measuring) > 1 and any(others):
         parser.error(
-            "--simulate, --gpu-profile, --rematerialization or --spilling, --ilp and --peers exclude each other, "
-            "and how to measure"
+            "--simulate, --gpu-profile, --rematerialization or --spilling, --ilp, --peers and --compile exclude each "
+            "other, and how to measure"
         )
     if options.profile_alloc_time and not options.gpu_profile:
         parser.error("--profile-alloc-time needs --gpu-profile")
-    if options.peers and (options.batch_size or options.mode or options.quick):
-        parser.error("--peers has batches of its own, in training: leave --batch-size, --mode and --quick out")
-    known = SUBJECTS if options.peers else MODELS
+    if options.contest and (options.batch_size or options.mode or options.quick):
+        parser.error("--peers and --compile have batches of their own, in training: leave --batch-size, --mode and --quick out")
+    known = SUBJECTS if options.peers else COMPILED if options.compile else MODELS
     if unknown := [name for name in options.model or () if name not in known]:
-        parser.error(f"--model {unknown[0]}: {'with' if options.peers else 'without'} --peers, {', '.join(known)}")
+        how = "with --peers" if options.peers else "with --compile" if options.compile else "without --peers or --compile"
+        parser.error(f"--model {unknown[0]}: {how}, {', '.join(known)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
-    if options.device == "cuda" and options.peers:
-        parser.error("--peers counts what PyTorch's CPU allocator gives: leave --device cuda out")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.peers else "cpu")
+    if options.device == "cuda" and options.contest:
+        parser.error("--peers and --compile count what PyTorch's CPU allocator gives: leave --device cuda out")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.contest else "cpu")
     if min(options.batch_size or [1]) < 1:
         parser.error("--batch-size must be positive")
     if not options.log_path.parent.is_dir():
@@ -214,7 +228,7 @@ def _cases(options: argparse.Namespace, command: str) -> list[Row]:
     names = options.model or list(QUICK if options.quick else ILP if options.ilp else MODELS)
     batches = options.batch_size or ([1] if options.quick else [1, 32])
     modes = options.mode or (["train"] if options.quick or options.ilp or options.within_budgets else ["train", "eval"])
-    made = {"machine": machine(options.device), "date": str(datetime.date.today()), "command": command}
+    made = _made(options.device, command)
     given = [f"--{name.replace('_', '-')}" for name in _DECIDING if getattr(options, name)]
     given += [f"--solve-seconds {options.solve_seconds:g}"] * options.ilp
     cases = [
@@ -288,16 +302,33 @@ def _interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _run_contests(options: argparse.Namespace) -> list[Result]:
-    picture_path = options.log_path.with_suffix(".png")
-    results = read_log(options.log_path, Result) if options.append_log and options.log_path.exists() else []
-    for name in options.model or SUBJECTS:
+def _run_contests(options: argparse.Namespace, command: str) -> list[Result]:
+    log_path = _compile_path(options.log_path) if options.compile else options.log_path
+    subjects = COMPILED if options.compile else SUBJECTS
+    made = _made("cpu", command)
+    results = read_log(log_path, Result) if options.append_log and log_path.exists() else []
+    also = ""
+    for name in options.model or subjects:
+        subject = subjects[name]
         if name not in {result.model for result in results}:
-            results += show_contest(name)
-            write_log(results, options.log_path)
-        draw_contests(results, picture_path)
-    print(f"The figures are in {options.log_path}, a picture of them in {picture_path}.")
+            entering = backends() if options.compile else contenders(subject.budgets)
+            results += show_contest(name, subject, entering, partial(Result, name, **made))
+            write_log(results, log_path)
+        if options.peers:
+            draw_contests(results, log_path.with_suffix(".png"))
+            also = f", a picture of them in {log_path.with_suffix('.png')}"
+    print(f"The figures are in {log_path}{also}.")
     return results
+
+
+def _made(device: str, command: str) -> dict[str, str]:
+    """Where, when and how rows are made."""
+    return {"machine": machine(device), "date": str(datetime.date.today()), "command": command}
+
+
+def _compile_path(log_path: Path) -> Path:
+    """The log of the backends of torch.compile."""
+    return log_path.with_suffix(".compile.csv")
 
 
 def _soak_paths(log_path: Path) -> tuple[Path, Path]:
@@ -307,15 +338,19 @@ def _soak_paths(log_path: Path) -> tuple[Path, Path]:
 
 def _run_soak(options: argparse.Namespace, command: str) -> None:
     path, picture_path = _soak_paths(options.log_path)
-    made = {"machine": machine("cpu"), "date": str(datetime.date.today()), "command": command}
     moments: list[Moment] = []
-    for moment in soak(STEPS, partial(Moment, **made)):
+    for moment in soak(STEPS, partial(Moment, **_made("cpu", command))):
         moments.append(moment)
         write_log(moments, path)
         if moment.steps % 1000 == 0:
             print(f"{moment.steps:6,} steps: {cells.mebibytes(moment.resident_bytes)} MiB, {moment.missed} missed")
     draw_soak(moments, picture_path)
     print(f"The figures are in {path}, a picture of them in {picture_path}.")
+
+
+def _there(path: Path, kind: type[T]) -> list[T]:
+    """The rows of a log; none, if it is not there."""
+    return read_log(path, kind) if path.exists() else []
 
 
 def _command(arguments: list[str]) -> str:
@@ -336,21 +371,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(MODELS))
         return 0
-    if options.tuned_malloc or options.peers:
+    if options.tuned_malloc or options.contest:
         tune_malloc()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         if options.write:
             soak_path, _ = _soak_paths(options.log_path)
-            moments = read_log(soak_path, Moment) if soak_path.exists() else []
-            written = write_document(read_log(options.log_path, Row), moments, ROOT)
+            rows = read_log(options.log_path, Row)
+            written = write_document(rows, _there(soak_path, Moment), _there(_compile_path(options.log_path), Result), ROOT)
             print("Written: " + ", ".join(map(str, written)))
             return 0
         command = _command(sys.argv[1:] if arguments is None else arguments)
         if options.soak:
             _run_soak(options, command)
             return 0
-        rows = _run_contests(options) if options.peers else _run_cases(options, command)
+        done = _run_contests(options, command) if options.contest else _run_cases(options, command)
     except OllaError as error:
         print(f"benchmarks.py: {error}", file=sys.stderr)
         return 2
@@ -360,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
         print(f"Stopped. What was done is in {options.log_path}; to go on, give the same options and --append-log.")
         return 130
-    return 0 if any(not row.error for row in rows) else 1
+    return 0 if any(not row.error for row in done) else 1
 
 
 if __name__ == "__main__":

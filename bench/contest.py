@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bench import cells
-from bench.peers import EAGER, contenders
-from bench.training import SUBJECTS, Step, Subject, Training
+from bench.peers import EAGER, Change
+from bench.training import Step, Subject, Training
 from olla.measure.measurement import peak_of
 
 _COMPARED_STEPS = 2
@@ -37,14 +37,20 @@ class Result:
     time_ratio: float | None = None  # median over rounds, to the step of eager PyTorch in the same round
     same_numbers: bool | None = None  # losses and parameters are eager PyTorch's, bit for bit
     same_buffers: bool | None = None  # running statistics are
+    machine: str = ""
+    date: str = ""
+    command: str = ""  # that made it
     error: str = ""
 
 
 Numbers = tuple[list[Tensor], list[Tensor], list[Tensor]]  # losses, parameters, buffers
+Contenders = Mapping[str, Sequence[Change]]  # what each does to its training, by name; eager PyTorch is the first
 
 
-def compete(model: str, subject: Subject, tell: Callable[[str], None]) -> list[Result]:
-    """Train the subject with every contender; ``tell`` is told what is going on.
+def compete(
+    subject: Subject, contenders: Contenders, result_of: Callable[[str], Result], tell: Callable[[str], None]
+) -> list[Result]:
+    """Train the subject with every contender; ``result_of`` makes its result, ``tell`` is told what is going on.
 
     All train copies of their own. A contender that fails has its error in its result; if that is eager PyTorch,
     there is nothing to compare with, and its result is the only one.
@@ -53,9 +59,9 @@ def compete(model: str, subject: Subject, tell: Callable[[str], None]) -> list[R
     results: list[Result] = []
     steps: dict[str, Step] = {}
     expected: Numbers | None = None
-    for contender, changes in contenders(subject.budgets).items():
+    for contender, changes in contenders.items():
         tell(contender)
-        result = Result(model, contender)
+        result = result_of(contender)
         results.append(result)
         with _errors_in(result):
             training = subject.training()
@@ -113,7 +119,9 @@ def _time(steps: dict[str, Step], results: list[Result]) -> None:
             result.time_ratio = statistics.median(a / b for a, b in zip(taken, seconds[EAGER], strict=True))
 
 
-def show_contest(name: str) -> list[Result]:
+def show_contest(
+    name: str, subject: Subject, contenders: Contenders, result_of: Callable[[str], Result]
+) -> list[Result]:
     """Run the contest of this subject, say how far it is, and print its table."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -122,7 +130,9 @@ def show_contest(name: str) -> list[Result]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name)
-        results = compete(name, SUBJECTS[name], lambda what: progress.update(task, description=f"{name}: {what}"))
+        results = compete(
+            subject, contenders, result_of, lambda what: progress.update(task, description=f"{name}: {what}")
+        )
     console.print(_table(name, results))
     gc.collect()
     return results

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench import cells
+from bench.contest import Result
 from bench.models import MODELS, QUICK
 from bench.picture import draw_peaks, draw_soak
 from bench.row import Row
@@ -32,6 +33,10 @@ estimated times of operators; *at least* is what any schedule within it must tak
 *smallest* is about what can be."""
 _MEASURED = """\
 Eager and planned steps in turn, in one process. Peaks are the allocator's, step times against eager PyTorch."""
+_COMPILED = """\
+One training step with `torch.compile`, by its backend, at batch 2 to 8: the measured peak, in MiB. The loss and the
+optimizer are outside of what is compiled. A budget is a share of what the step holds in eager PyTorch, parameters
+included."""
 _ORDERS: Columns[Row] = {
     "model": lambda row: row.model,
     "ops": lambda row: cells.number(row.ops),
@@ -67,10 +72,13 @@ _RUNS: Columns[Row] = {
 }
 
 
-def write_document(rows: Sequence[Row], moments: Sequence[Moment], root: Path) -> list[Path]:
+def write_document(
+    rows: Sequence[Row], moments: Sequence[Moment], compiled: Sequence[Result], root: Path
+) -> list[Path]:
     """Write docs/results.md and its pictures, and the tables between the markers of README.md; returns the paths.
 
-    ``moments`` are those of a long run; without any, the page has no such section.
+    ``moments`` are those of a long run, ``compiled`` the results of the backends of ``torch.compile``; without any, the
+    page has no such section.
 
     Raises
     ------
@@ -80,7 +88,8 @@ def write_document(rows: Sequence[Row], moments: Sequence[Moment], root: Path) -
     readme, page, picture = root / "README.md", root / "docs" / "results.md", root / "docs" / "results.png"
     filled = fill(readme, "quick", _quick(rows))
     long_run = root / "docs" / "soak.png"
-    text = _page(rows, picture.name) + (_soak(moments, long_run.name) if moments else "")
+    text = _page(rows, picture.name) + (_backends(compiled) if compiled else "")
+    text += _soak(moments, long_run.name) if moments else ""
     draw_peaks(_simulated(rows), picture)
     if moments:
         draw_soak(moments, long_run)
@@ -158,6 +167,24 @@ def _page(rows: Sequence[Row], picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _backends(results: Sequence[Result]) -> str:
+    """The section of ``torch.compile``: a row for each model, a column for each backend."""
+    found = {(result.model, result.contender): result for result in results}
+    columns: Columns[str] = {"model": str}
+    for contender in _distinct(result.contender for result in results):
+        columns[contender] = lambda model, contender=contender: cells.mebibytes(found[model, contender].peak_bytes)
+    planned = [result for result in results if result.contender.startswith("olla")]
+    same = sum(bool(result.same_numbers) for result in planned)
+    return f"""
+## torch.compile, by backend
+
+{_COMPILED} {same} of {len(planned)} trainings compiled with OLLA had the losses and parameters of eager PyTorch, bit for
+bit. {_origin(results)}
+
+{markdown(columns, _distinct(result.model for result in results))}
+"""
+
+
 def _soak(moments: Sequence[Moment], picture: str) -> str:
     """The section of a long run. It begins where caches are filled, a tenth of the way."""
     last = moments[-1]
@@ -174,7 +201,7 @@ holds, PyTorch included. From step {warm[0].steps:,} on it was between {low} and
 """
 
 
-def _origin(rows: Sequence[Row | Moment]) -> str:
+def _origin(rows: Sequence[Row | Moment | Result]) -> str:
     """Where, when and how the rows were made."""
     machines, dates = _distinct(row.machine for row in rows), sorted({row.date for row in rows})
     commands = ", ".join(f"`{command}`" for command in _distinct(row.command for row in rows))

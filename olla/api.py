@@ -13,7 +13,7 @@ from olla.cache import Cache, CacheDir
 from olla.capture.average import average_gradients
 from olla.capture.program import Program
 from olla.capture.updates import needs_closure
-from olla.errors import CaptureError
+from olla.errors import CaptureError, InvalidOptionError
 from olla.fit.budget import Budget, bytes_of
 from olla.fit.frontier import Frontier
 from olla.graph.graph import Graph
@@ -44,6 +44,7 @@ def optimize(
     solver: str | None = None,
     time_limit: float = 60.0,
     cache_dir: CacheDir | None = None,
+    background: bool = False,
     progress: bool | None = None,
 ) -> Step:
     """Plan one step of ``model`` that needs less memory and computes the same numbers.
@@ -100,6 +101,10 @@ def optimize(
         its files. With a longer ``time_limit`` it is planned again, unless the plan is known to be the best. How long
         operators take is not compared: on another machine, name another directory. Every plan is checked before it is
         used; a file that is damaged, or is of no use, is replaced, with a warning. None: nothing is kept.
+    background
+        Capture the step, and plan it on another thread while it runs already, in the order of its program and
+        wherever PyTorch's allocator puts it. Results are the same from the first step on; bytes are those of the plan
+        once there is one, so it does not go with ``memory_budget``.
     progress
         Show a progress line; by default on a terminal only.
 
@@ -122,12 +127,14 @@ def optimize(
         If the step cannot be run within the budget; the message names the smallest one.
     InvalidBudgetError
         If the budget cannot be read, or is not positive.
+    InvalidOptionError
+        If ``background`` is asked for with ``memory_budget`` or ``process_group``.
     SolverUnavailableError
         If the solver is not installed.
     SpillError
         If ``spill_dir`` is not a directory, not writable, or has no room for what is spilled; nothing was changed.
     """
-    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress, background)
     program = program_of(model, loss_fn, targets, optimizer, process_group)
     _require_shareable(program, options)
     args, kwargs = arguments_of(inputs, targets)
@@ -154,6 +161,7 @@ def optimize_step(
     solver: str | None = None,
     time_limit: float = 60.0,
     cache_dir: CacheDir | None = None,
+    background: bool = False,
     progress: bool | None = None,
 ) -> Step:
     """Plan a step function of your own: autocast, clipping, accumulation, several losses.
@@ -170,7 +178,7 @@ def optimize_step(
     process_group
         As for :func:`optimize`, but the function averages gradients itself, by
         :func:`olla.average_gradients`.
-    reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress
+    reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, background, progress
         As for :func:`optimize`.
 
     Returns
@@ -185,12 +193,12 @@ def optimize_step(
         If the step cannot be captured; nothing was changed.
     ExecutionError
         If another rank failed, or has another step.
-    InfeasibleError, InvalidBudgetError, SolverUnavailableError, SpillError
+    InfeasibleError, InvalidBudgetError, InvalidOptionError, SolverUnavailableError, SpillError
         As from :func:`optimize`.
     """
     if isinstance(example_args, Tensor):
         raise CaptureError("example_args is a tensor: pass a tuple of arguments, such as (inputs, targets)")
-    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress)
+    options = _options(reorder, place, memory_budget, spill_dir, solver, time_limit, cache_dir, progress, background)
     models = [model] if isinstance(model, nn.Module) else list(model)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     modules = {"model" if len(models) == 1 else f"model{i}": module for i, module in enumerate(models)}
@@ -320,19 +328,29 @@ def _options(
     time_limit: float,
     cache_dir: CacheDir | None,
     progress: bool | None,
+    background: bool = False,
 ) -> Options:
     if memory_budget is not None:
         bytes_of(memory_budget, 1)  # so that it is known to be one before anything is captured
+        if background:
+            raise InvalidOptionError(
+                "background=True with memory_budget: until it is planned, the step needs what eager PyTorch does; "
+                "leave one of them out"
+            )
     if solver is not None:
         require(solver)
     cache = None if cache_dir is None else Cache(cache_dir)
-    return Options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress, cache)
+    return Options(reorder, place, memory_budget, spill_dir, solver, time_limit, progress, cache, background)
 
 
 def _require_shareable(program: Program, options: Options) -> None:
-    """Raise :class:`CaptureError` for what several processes cannot do together."""
+    """Raise an :class:`OllaError` for what several processes cannot do together."""
     if program.process_group is None:
         return
+    if options.background:
+        raise InvalidOptionError(
+            "background=True with process_group: all ranks must change to the plan in the same step; leave it out"
+        )
     if options.spill_dir is not None:
         raise CaptureError(
             "spill_dir with process_group: a step of several processes cannot spill; pass a memory_budget alone"

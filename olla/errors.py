@@ -8,7 +8,7 @@
     ├── InvalidGraphError      a dataflow graph contradicts itself
     ├── InvalidBuffersError    buffers to place contradict themselves
     ├── InvalidBudgetError     a memory budget cannot be read, or is not positive
-    ├── InvalidOptionError     an option is not known, or of the wrong type
+    ├── InvalidOptionError     an option is not known, of the wrong type, or does not go with another
     ├── InvalidModelError      an integer program contradicts itself, or its solver cannot take it
     ├── InvalidPlanError       a plan does not fit its graph, or claims what is not true
     ├── InfeasibleError        what was asked for does not fit
@@ -57,7 +57,7 @@ class InvalidBudgetError(OllaError):
 
 
 class InvalidOptionError(OllaError):
-    """An option of the backend of ``torch.compile`` is not known, or of the wrong type; the message names it."""
+    """An option is not known, of the wrong type, or does not go with another one; the message names it."""
 
 
 class InvalidBuffersError(OllaError):

@@ -4,20 +4,24 @@ Every run is a step of the user's, and gives the numbers that eager PyTorch give
 tensors are differs. The first run fills optimizer state and the caches of kernels. The second one
 is recorded: what every operator allocates, workspaces included. With that the order is planned anew
 (and recorded again, if it changed), and all addresses. From then on the step runs in its arena.
+
+What is planned in the background, on request, is taken up by the first run after it is there; until then the step runs in
+the order that it has, at first that of its program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from olla.capture.program import Program
 from olla.errors import OllaError
-from olla.planning import Draft, Options, with_addresses, with_workspaces
+from olla.planning import Draft, Options, ordered, with_addresses, with_workspaces
 from olla.replaying import Replaying, watch_of
 from olla.run.arena import Arena, Recorder
 from olla.run.emit import Tell, Watch, emit
@@ -29,6 +33,8 @@ from olla.run.stopwatch import Stopwatch
 from olla.show.progress import stage
 
 __all__ = ["Execution"]
+
+T = TypeVar("T")
 
 _REORDERINGS = 3  # after recordings
 
@@ -57,8 +63,11 @@ class Execution(Replaying):
         self._warm: tuple[int, ...] | None = None
         self._is_timed = False
         self._reorderings = 0
-        self.draft, self.spiller = draft, self._spiller_of(draft)
-        self.code = self._emit(self._clock.tell if options.place else None)
+        self._planning: tuple[Future[Any], Callable[[Any], None]] | None = None  # and who takes it up
+        self._follow(draft, self._spiller_of(draft))
+        if options.background:
+            quiet = self._options = replace(options, progress=False)
+            self._plan(lambda: ordered(draft, quiet), lambda found: self._follow(found, self._spiller_of(found)))
 
     @property
     def planned_bytes(self) -> int:
@@ -75,6 +84,11 @@ class Execution(Replaying):
         return sum(self._outside)
 
     @property
+    def settled(self) -> bool:
+        """Whether the plan will not change any more, as things are."""
+        return super().settled and self._planning is None
+
+    @property
     def is_warm(self) -> bool:
         """Whether the next run finds what it would else allocate for others to find: optimizer state, say."""
         return self._warm is not None and self._warm == _state_of(self._optimizers)
@@ -86,7 +100,9 @@ class Execution(Replaying):
 
     def run(self, leaves: Sequence[Any], *, alone: bool) -> Any:
         """Run the step on the leaves of its arguments; ``alone``: if it is recorded, then not on all ranks."""
-        if self.not_executed:
+        if self._planning is not None and self._planning[0].done():
+            self.wait()
+        if self._planning is not None or self.not_executed:
             return self.run_anywhere(leaves)
         if not self.is_warm:
             result = self.run_anywhere(leaves)
@@ -104,6 +120,28 @@ class Execution(Replaying):
         """Run the step in its order, wherever PyTorch's allocator puts it."""
         with self.spiller:
             return self.runner.run(leaves, self.code)
+
+    def wait(self) -> None:
+        """Until what is planned in the background is there, and taken up."""
+        if self._planning is None:
+            return
+        future, take = self._planning
+        try:
+            found = future.result()
+            self._planning = None
+            take(found)
+        except OllaError as error:  # never the end of somebody's training
+            self._planning = None
+            self._give_up(str(error))
+
+    def _plan(self, find: Callable[[], T], take: Callable[[T], None]) -> None:
+        """Take what ``find`` returns: at once, or, if it is planned in the background, when it is there."""
+        if not self._options.background:
+            take(find())
+            return
+        planner = ThreadPoolExecutor(1, thread_name_prefix="olla")
+        self._planning = planner.submit(find), take
+        planner.shutdown(wait=False)  # the thread ends with its task
 
     def _record(self, leaves: Sequence[Any], ranks: Ranks) -> Any:
         try:
@@ -139,16 +177,29 @@ class Execution(Replaying):
     def _learn(self, recording: Recording, ranks: Ranks) -> None:
         """Plan anew with what was recorded: another order, which must be recorded itself, or addresses."""
         reorder = ranks is self._ranks and self._reorderings < _REORDERINGS
-        draft = with_workspaces(self.draft, recording, self._options, reorder=reorder, ranks=ranks)
-        spiller = self._spiller_of(draft)
-        if draft.plan.order != self.draft.plan.order or spiller.transfers != self.spiller.transfers:
-            self._reorderings += 1
-            self.draft, self.spiller = draft, spiller
-            self.code = self._emit(self._clock.tell)
-            return
-        draft, offsets = with_addresses(draft, recording, self._options, self.arena.alignment)
-        self._replay(draft.plan, recording, offsets)
-        self.draft = draft
+
+        def find() -> tuple[Draft, Spiller, list[int] | None]:
+            draft = with_workspaces(self.draft, recording, self._options, reorder=reorder, ranks=ranks)
+            spiller = self._spiller_of(draft)
+            if draft.plan.order != self.draft.plan.order or spiller.transfers != self.spiller.transfers:
+                return draft, spiller, None
+            draft, offsets = with_addresses(draft, recording, self._options, self.arena.alignment)
+            return draft, self.spiller, offsets
+
+        def take(found: tuple[Draft, Spiller, list[int] | None]) -> None:
+            draft, spiller, offsets = found
+            if offsets is None:
+                self._reorderings += 1
+                self._follow(draft, spiller)
+                return
+            self._replay(draft.plan, recording, offsets)
+            self.draft = draft
+
+        self._plan(find, take)
+
+    def _follow(self, draft: Draft, spiller: Spiller) -> None:
+        self.draft, self.spiller = draft, spiller
+        self.code = self._emit(self._clock.tell if self._options.place else None)
 
     def _give_up(self, reason: str) -> None:
         super()._give_up(reason)

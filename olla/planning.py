@@ -45,7 +45,9 @@ __all__ = [
     "closest",
     "draft",
     "measured",
+    "ordered",
     "trade",
+    "unplanned",
     "with_addresses",
     "with_estimated_addresses",
     "with_workspaces",
@@ -71,6 +73,7 @@ class Options:
     time_limit: float = 60.0
     progress: bool | None = None
     cache: Cache | None = None
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +116,32 @@ def draft(
     program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, ranks: Ranks = ALONE
 ) -> Draft:
     """The step for these arguments with a plan of its order, that of rank 0."""
+    return ordered(unplanned(program, args, kwargs, options, ranks), options, ranks)
+
+
+def unplanned(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, ranks: Ranks = ALONE
+) -> Draft:
+    """The step for these arguments, which is that of all ranks, in the order of its program."""
     started = time.perf_counter()
     traced, lowered = ranks.together(lambda: capture(program, args, kwargs, options))
     capture_seconds = time.perf_counter() - started
     ranks.require_same(_described(program, traced, lowered.graph))
-    lowered = _with_best_chain(lowered, options, ranks)
-    seconds = estimated_seconds(lowered)
-    graph = lowered.graph
+    plan = Plan.of(lowered.graph, program_order(lowered.graph))
+    return Draft(traced, lowered, plan, estimated_seconds(lowered), capture_seconds)
+
+
+def ordered(drafted: Draft, options: Options, ranks: Ranks = ALONE) -> Draft:
+    """The draft with a plan of its order, that of rank 0."""
+    lowered = _with_best_chain(drafted.lowered, options, ranks)
+    graph, seconds = lowered.graph, estimated_seconds(lowered)
     found = ranks.from_first(
         lambda: _planned(graph, seconds, options, "order", lambda: Plan.of(graph, _ordered(graph, seconds, options)))
     )
     lowered = _with_whole_gradients(lowered, found)
     plan = Plan.of(lowered.graph, found.schedule)
     verify(lowered.graph, plan)
-    return Draft(traced, lowered, plan, seconds, capture_seconds)
+    return replace(drafted, lowered=lowered, plan=plan, seconds=seconds)
 
 
 def _with_best_chain(lowered: Lowered, options: Options, ranks: Ranks) -> Lowered:

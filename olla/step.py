@@ -24,7 +24,7 @@ from olla.graph.graph import Graph
 from olla.graph.plan import Plan
 from olla.measure.measurement import Measurement, measure
 from olla.measure.profile import MemoryProfile, profile
-from olla.planning import Draft, Options, capture, draft, trade, with_estimated_addresses
+from olla.planning import Draft, Options, capture, draft, trade, unplanned, with_estimated_addresses
 from olla.run.arena import Arena
 from olla.run.ranks import ALONE, Ranks
 from olla.run.spill import SpillSpace, require_spill_dir
@@ -54,7 +54,8 @@ class Step:
     One plan for each signature of arguments (shapes, dtypes, structure), model mode and autocast
     state, made when it first occurs; the 16 that were used last are kept. A step runs in one thread at a time.
     The first runs of a plan, two or three, find out what its operators allocate; from then on it runs at planned
-    addresses.
+    addresses. Planned in the background, a step runs in the order of its program meanwhile, wherever PyTorch's
+    allocator puts it.
 
     It holds memory between its runs, its arena, until it is closed (:meth:`close`, or ``with step:``)
     or collected, and so does the file that it spills to. Results never lie there: they stay valid, whatever happens
@@ -165,6 +166,7 @@ class Step:
         with self._undone() as again:
             for _ in range(_RUNS_TO_SETTLE):
                 again(self, args, kwargs)()
+                self._current.wait()
                 if all(settled for (settled,) in self._ranks.exchange(self._current.settled)):
                     break
             execution = self._current
@@ -307,7 +309,8 @@ class Step:
 
     def _draft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draft:
         self._require_spill_dir(args, kwargs)
-        return draft(self._program, args, kwargs, self._options, self._ranks)
+        make = unplanned if self._options.background else draft
+        return make(self._program, args, kwargs, self._options, self._ranks)
 
     def _require_spill_dir(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._options.spill_dir is not None:

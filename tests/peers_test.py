@@ -1,4 +1,4 @@
-"""The contests of `benchmarks.py --peers`, with a model that is small."""
+"""The contests of `benchmarks.py --peers` and `--compile`, with a model that is small."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from torch._functorch import config
 from torch.nn import functional as F
 
 import benchmarks
+from bench.backends import BUDGET, COMPILED, backends
+from bench.contest import Result
+from bench.document import write_document
+from bench.log import read_log
 from bench.models import Workload
 from bench.peers import (
     EAGER,
@@ -55,16 +59,18 @@ def fail(training: Training) -> None:
     raise RuntimeError("no such\nmeans")
 
 
-class PeersTest(unittest.TestCase):
+class ContestTestCase(unittest.TestCase):
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.path = Path(folder.name) / "log.csv"
 
+
+class PeersTest(ContestTestCase):
     def run_with(self, changes: dict[str, object]) -> tuple[int, pandas.DataFrame, str]:
         with (
             mock.patch.dict(SUBJECTS, {"network": SUBJECT}),
-            mock.patch("bench.contest.contenders", return_value=changes),
+            mock.patch("benchmarks.contenders", return_value=changes),
             mock.patch("benchmarks.tune_malloc"),  # it is for good
             contextlib.redirect_stdout(io.StringIO()) as output,
         ):
@@ -141,7 +147,50 @@ class PeersTest(unittest.TestCase):
         self.assertEqual((names[0], names[-3:]), (EAGER, [OLLA, f"{OLLA}, 7 MiB", f"{OLLA}, 5 MiB"]))
 
     def test_options_that_would_be_ignored_are_refused(self) -> None:
-        for arguments in (["--peers", "-b", "1"], ["--peers", "-m", "resnet18"], ["-m", "vit_6x384"]):
+        wrong = (["--peers", "-b", "1"], ["--peers", "-m", "resnet18"], ["-m", "vit_6x384"], ["--compile", "--peers"])
+        for arguments in wrong:
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
                 benchmarks.main(arguments)
             self.assertIn("--peers", error.getvalue())
+
+
+class BackendsTest(ContestTestCase):
+    def test_each_backend_has_its_peak_and_the_numbers_of_eager_pytorch_or_not(self) -> None:
+        entering = {name: changes for name, changes in backends().items() if name != "inductor"}  # it takes long
+        entering |= {"other": (scale_gradients,), "failing": (fail,)}
+        with (
+            mock.patch.dict(COMPILED, {"network": SUBJECT}),
+            mock.patch("benchmarks.backends", return_value=entering),
+            mock.patch("benchmarks.tune_malloc"),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            self.assertEqual(benchmarks.main(["--compile", "-m", "network", "--log-path", str(self.path)]), 0)
+        results = read_log(self.path.with_name("log.compile.csv"), Result)
+        found = {result.contender: result for result in results}
+        self.assertEqual(list(found), list(entering))
+        self.assertEqual([name for name in found if found[name].error], ["failing"])
+        self.assertEqual([name for name in found if not found[name].same_numbers], ["other", "failing"])
+        peaks = {name: result.peak_bytes for name, result in found.items()}
+        self.assertLess(peaks["olla"], peaks["aot_eager"])
+        self.assertLess(peaks["olla, optimizer in backward"], peaks["olla"])
+        persistent = sum(p.nbytes for p in SUBJECT.training().model.parameters())
+        self.assertLessEqual(persistent + peaks[f"olla, budget {BUDGET}"], BUDGET * (1.1 * persistent + peaks[EAGER]))
+        self.assert_written(results)
+
+    def assert_written(self, results: list[Result]) -> None:
+        """That what the page says is what was measured."""
+        with (
+            mock.patch("bench.document.draw_peaks"),
+            mock.patch("bench.document._page", return_value=""),
+            mock.patch("bench.document.fill", return_value=""),
+            mock.patch("bench.document._quick", return_value=""),
+        ):
+            root = self.path.parent
+            (root / "docs").mkdir()
+            write_document([], [], results, root)
+        text = (root / "docs" / "results.md").read_text()
+        [planned] = [result for result in results if result.contender == "olla"]
+        self.assertIn("| model | eager PyTorch | aot_eager | olla |", text)
+        self.assertIn(f"| {planned.peak_bytes / 2**20:,.1f} |", text)
+        self.assertIn("3 of 3 trainings compiled with OLLA", text)
+

@@ -104,7 +104,7 @@ def _late_ops(graph: Graph) -> list[int]:
     return sorted(late)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]:
     """The sequence with its late ops, and the position in the sequence that each belongs to."""
     last = np.full(len(program.sizes), -1, np.int64)
@@ -131,7 +131,7 @@ def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]
     return whole, owner
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
     """Whether every op finds the contents that it expects, and the live bytes at each step."""
     count = len(program.sizes)

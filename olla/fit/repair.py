@@ -23,7 +23,7 @@ _LONGEST = 50_000  # ops in a chain or a sequence
 DEPTHS = np.array([LOAD, 0, 1, 2, 3, 5, 8, 1_000_000], np.int64)  # of chains
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int, power: float) -> Integers:
     """The sequence with more repeats and loads, until it fits or nothing helps any more; then without needless ones.
 
@@ -46,7 +46,7 @@ def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int,
     return _pruned(program, best, seconds, budget if excess == 0 else peak_of(program, best))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _chains(
     program: Program, sequence: Integers, seconds: Floats, budget: int, power: float
 ) -> tuple[Integers, list[Integers], Floats, Floats]:
@@ -88,7 +88,7 @@ def _chains(
     return np.array(places), chains, np.array(promise), np.array(costs)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _pruned(program: Program, sequence: Integers, seconds: Floats, budget: int) -> Integers:
     """The sequence without repeats and loads that the budget does not need, the dearest taken out first."""
     runs = np.zeros(len(seconds), np.int64)
@@ -110,14 +110,14 @@ def _pruned(program: Program, sequence: Integers, seconds: Floats, budget: int) 
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def peak_of(program: Program, sequence: Integers) -> int:
     """The largest entry of the profile; more than any budget, if the sequence is not sound."""
     is_sound, profile = simulated(program, completed(program, sequence)[0])
     return int(profile.max()) if is_sound else 2**62
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _excess(program: Program, sequence: Integers, budget: int) -> float:
     """Byte-steps above the budget; infinite, if the sequence is not sound."""
     is_sound, profile = simulated(program, completed(program, sequence)[0])
@@ -129,7 +129,7 @@ def _excess(program: Program, sequence: Integers, budget: int) -> float:
     return excess
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def waiting(program: Program, sequence: Integers, position: int) -> tuple[Integers, Integers, Integers]:
     """What waits in memory at a position: where it was needed last, and will be needed next, and storages."""
     before = np.full(len(program.sizes), -1, np.int64)
@@ -151,7 +151,7 @@ def waiting(program: Program, sequence: Integers, position: int) -> tuple[Intege
     return before[found], after[found], found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def chain_of(
     program: Program,
     version: Integers,
@@ -205,7 +205,7 @@ def chain_of(
     return chain[:length]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def state(program: Program, sequence: Integers, place: int) -> tuple[Integers, Booleans]:
     """Before the op at ``place``: the version of each storage, and whether it waits in memory for somebody."""
     version = np.zeros(len(program.sizes), np.int64)
@@ -229,7 +229,7 @@ def state(program: Program, sequence: Integers, place: int) -> tuple[Integers, B
     return version, waits
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans, loaded: Booleans) -> Integers:
     """The order in which what was not kept at one of ``places`` is made again, or loaded, right before it is needed.
 
@@ -296,7 +296,7 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
     return sequence[:length]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _targets(program: Program, op: int, is_place: bool, kept: Booleans) -> Integers:
     """What to run next: loads of what is to be kept beside ``op``, if that is a place, and then ``op``."""
     targets = np.empty(len(kept) + 1, np.int64)

@@ -77,7 +77,8 @@ def measure(
         if device.type == "cuda":  # the arena is one block of the caching allocator, and was there before
             peak += replay.arena.arena_bytes
         reserved = replay.arena.arena_bytes + outside_bytes
-    ratios, planned_seconds, eager_seconds, spill_seconds = [], [], [], []
+    ratios: list[float] = []
+    planned_seconds, eager_seconds, spill_seconds = [], [], []
     started = time.perf_counter()
     while (pairs := len(ratios)) < _FEWEST_PAIRS or (pairs < _PAIRS and time.perf_counter() - started < _LONG):
         eager_seconds.append(_seconds(eager, device))

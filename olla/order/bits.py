@@ -40,7 +40,7 @@ def _predecessors(problem: Problem) -> tuple[Integers, Integers, Integers]:
     return np.argsort(problem.priority), problem.predecessors.start, problem.predecessors.items
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _collected(
     owner: Integers, item: Integers, items: int, order: Integers, pred_start: Integers, pred: Integers
 ) -> Bits:
@@ -54,13 +54,13 @@ def _collected(
     return rows
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def has(rows: Bits, row: int, item: int) -> bool:
     """Whether ``item`` is in the set ``row``."""
     return bool((rows[row, item >> 6] >> np.uint64(item & 63)) & _ONE)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def weight(bits: np.uint64, word: int, sizes: Integers) -> int:
     """The summed sizes of the items in one word; ``sizes`` are :func:`padded`."""
     total = 0
@@ -84,7 +84,7 @@ def weight(bits: np.uint64, word: int, sizes: Integers) -> int:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def weights(rows: Bits, sizes: Integers) -> Integers:
     """The summed sizes of the items in each set; ``sizes`` are :func:`padded`."""
     total = np.zeros(len(rows), np.int64)

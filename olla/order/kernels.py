@@ -21,7 +21,7 @@ DEPTH = 3  # the op that became ready last
 BREADTH = 4  # the op that became ready first
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def profile(
     order: Integers,
     create_start: Integers,
@@ -54,7 +54,7 @@ def profile(
     return change[:steps]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def list_schedule(
     rule: int,
     pred_start: Integers,
@@ -146,7 +146,7 @@ def list_schedule(
     return order
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def settle(
     order: Integers,
     memory: Integers,
@@ -214,7 +214,7 @@ def settle(
     return order
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _touches(op: int, storage: int, touch_start: Integers, touch: Integers) -> bool:
     found = False
     for k in range(touch_start[op], touch_start[op + 1]):

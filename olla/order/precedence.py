@@ -136,7 +136,7 @@ class Precedence:
         return self.problem.with_pairs(self.pairs)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _require(relation: _Relation, u: int, v: int) -> bool:
     before, after, made, wanted = relation.before, relation.after, relation.made, relation.wanted
     if has(before, u, v):
@@ -168,7 +168,7 @@ def _require(relation: _Relation, u: int, v: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _cost(relation: _Relation, u: int, v: int) -> int:
     """Bytes in memory at ``u`` or at ``v``, whichever is more, if ``u`` runs before ``v``.
 
@@ -178,7 +178,7 @@ def _cost(relation: _Relation, u: int, v: int) -> int:
     return max(_with_earlier(relation, u, v), _with_later(relation, u, v))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _with_earlier(relation: _Relation, u: int, v: int) -> int:
     """Bytes in memory at ``v`` if ``u`` runs before it."""
     made, wanted = relation.made, relation.wanted
@@ -190,7 +190,7 @@ def _with_earlier(relation: _Relation, u: int, v: int) -> int:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _with_later(relation: _Relation, u: int, v: int) -> int:
     """Bytes in memory at ``u`` if it runs before ``v``."""
     made, wanted = relation.made, relation.wanted
@@ -202,7 +202,7 @@ def _with_later(relation: _Relation, u: int, v: int) -> int:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _propagate(relation: _Relation, target: int, steps: int) -> tuple[int, int, list[tuple[int, int]]]:
     """Look at up to ``steps`` changed ops: the state then, the evidence, and the pairs that followed."""
     before, after, made, wanted = relation.before, relation.after, relation.made, relation.wanted
@@ -251,7 +251,7 @@ def _propagate(relation: _Relation, target: int, steps: int) -> tuple[int, int, 
     return _UNFINISHED, evidence, pairs
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _dearest_pair(relation: _Relation, op: int, place: Integers) -> tuple[int, int]:
     dearest, first, second = -1, -1, -1
     for other in range(len(place)):

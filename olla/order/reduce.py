@@ -128,7 +128,7 @@ def _legal_places(predecessors: Adjacency, successors: Adjacency, preferred: Int
     return place
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _leaders(
     pred_start: Integers,
     pred: Integers,

@@ -72,13 +72,13 @@ def _below(problem: Problem, offsets: Integers, ceiling: int, weight: Numbers) -
         fewest = min(fewest, waiting)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _fill(tiles: Tiles, order: Integers, offsets: Integers) -> None:
     for buffer in order:
         insert(tiles, buffer, offsets[buffer])
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _move(tiles: Tiles, pool: Integers, waiting: int, ceiling: int, weight: Numbers, steps: int) -> int:
     """Place the last of those waiting, again and again; how many are left."""
     for _ in range(steps):
@@ -109,7 +109,7 @@ def _move(tiles: Tiles, pool: Integers, waiting: int, ceiling: int, weight: Numb
     return waiting
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _lightest(tiles: Tiles, buffer: int, around: Integers, ceiling: int, weight: Numbers) -> int:
     """The offset below the ceiling where those in the way weigh least; negative: what is fixed is always in it."""
     size, step, count = tiles.sizes[buffer], tiles.alignment[buffer], len(around)

@@ -92,7 +92,7 @@ def _first_fit(problem: Problem, preference: Numbers) -> Iterator[Integers | Non
     yield tiles.offsets
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _place(tiles: Tiles, order: Integers) -> None:
     for buffer in order:
         insert(tiles, buffer, tiles.fixed[buffer] if tiles.fixed[buffer] >= 0 else lowest_free(tiles, buffer))

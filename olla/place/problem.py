@@ -84,7 +84,7 @@ class Problem:
         return _overlaps(self.first, self.last)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _overlaps(first: Integers, last: Integers) -> tuple[Integers, Integers]:
     count = len(first)
     start = np.zeros(count + 1, np.int64)

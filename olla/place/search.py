@@ -65,7 +65,7 @@ class _Groups(NamedTuple):
     reach: Integers  # scratch: for each section, the last section of a member that begins there
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def search(
     capacity: int,
     first: Integers,
@@ -164,7 +164,7 @@ def search(
     return SOLVED, visited, board.offsets
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _choose(board: _Board, members: Integers, floor: int, before: int, capacity: int, choices: Integers) -> int:
     """The members that may be placed next, after ``before`` at ``floor``, lowest first; none if not all can fit."""
     lowest, sizes, least = board.lowest, board.sizes, board.least
@@ -204,7 +204,7 @@ def _choose(board: _Board, members: Integers, floor: int, before: int, capacity:
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _lift(board: _Board, members: Integers, first_section: int, last_section: int, capacity: int) -> int:
     """Raise what cannot be the lowest of a section above another; 1: some rose, 0: none, -1: not all can fit."""
     least, sizes, bottom, support, owner = board.least, board.sizes, board.bottom, board.support, board.owner
@@ -240,7 +240,7 @@ def _lift(board: _Board, members: Integers, first_section: int, last_section: in
     return rose
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _place(board: _Board, buffer: int, capacity: int, undo: int) -> tuple[bool, int]:
     """Place a buffer at its lowest offset; whether all that overlap still fit above it."""
     top = board.lowest[buffer] + board.sizes[buffer]
@@ -259,7 +259,7 @@ def _place(board: _Board, buffer: int, capacity: int, undo: int) -> tuple[bool, 
     return True, undo
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _take_back(board: _Board, buffer: int, undo_start: int, undo_end: int) -> None:
     board.offsets[buffer] = -1
     for section in range(board.first[buffer], board.last[buffer] + 1):
@@ -268,7 +268,7 @@ def _take_back(board: _Board, buffer: int, undo_start: int, undo_end: int) -> No
         board.lowest[board.undo_buffer[k]] = board.undo_offset[k]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _split(board: _Board, groups: _Groups, start: int, end: int, waiting: int, level: int) -> int:
     """Let the unplaced members wait in groups that no buffer connects; how many groups they make."""
     members, reach = groups.members, groups.reach

@@ -59,7 +59,7 @@ def empty_tiles(problem: Problem) -> Tiles:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def lowest_free(tiles: Tiles, buffer: int) -> int:
     """The lowest offset at which no placed buffer is in the way."""
     first, last, size, step = tiles.first[buffer], tiles.last[buffer], tiles.sizes[buffer], tiles.alignment[buffer]
@@ -84,7 +84,7 @@ def lowest_free(tiles: Tiles, buffer: int) -> int:
     return int(at)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def neighbours(tiles: Tiles, buffer: int) -> Integers:
     """The placed buffers that are alive together with a buffer that is not placed."""
     first, last = tiles.first[buffer], tiles.last[buffer]
@@ -101,7 +101,7 @@ def neighbours(tiles: Tiles, buffer: int) -> Integers:
     return found[:count]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def insert(tiles: Tiles, buffer: int, offset: int) -> None:
     """Place a buffer."""
     tiles.offsets[buffer] = offset
@@ -114,7 +114,7 @@ def insert(tiles: Tiles, buffer: int, offset: int) -> None:
         tiles.end[tile] += 1
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def remove(tiles: Tiles, buffer: int) -> None:
     """Take a placed buffer out again."""
     for tile in range(tiles.first[buffer] // tiles.width, tiles.last[buffer] // tiles.width + 1):

@@ -1,0 +1,47 @@
+"""What ``torch.compile`` does with one training step, by backend: models of the suite, at sizes that train in seconds."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from bench.models import MODELS
+from bench.peers import EAGER, Change
+from bench.training import SUBJECTS, Subject, Training
+
+BUDGET = 0.6  # of what the step holds in eager PyTorch, parameters included
+_BATCHES = {
+    "deeplabv3_resnet50": 2,
+    "efficientnet_b0": 8,
+    "googlenet": 8,
+    "inception_v3": 4,
+    "mnasnet0_5": 8,
+    "mobilenet_v2": 8,
+    "resnet18": 8,
+    "squeezenet1_0": 8,
+    "swin_t": 8,
+}
+
+COMPILED = SUBJECTS | {name: Subject(batch, MODELS[name], lambda model: (), ()) for name, batch in _BATCHES.items()}
+
+
+def compile_with(training: Training, *, backend: str, **options: Any) -> None:
+    """``torch.compile`` the model, with a backend and its options."""
+    training.model.compile(backend=backend, options=options or None)
+
+
+def compile_with_updates(training: Training) -> None:
+    """Let OLLA's backward pass update the parameters."""
+    compile_with(training, backend="olla", optimizer=training.optimizer)
+
+
+def backends() -> dict[str, tuple[Change, ...]]:
+    """What each contender does to its training, by name; eager PyTorch is the first."""
+    return {
+        EAGER: (),
+        "aot_eager": (partial(compile_with, backend="aot_eager"),),
+        "inductor": (partial(compile_with, backend="inductor"),),
+        "olla": (partial(compile_with, backend="olla"),),
+        f"olla, budget {BUDGET}": (partial(compile_with, backend="olla", memory_budget=BUDGET),),
+        "olla, optimizer in backward": (compile_with_updates,),
+    }
