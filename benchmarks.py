@@ -109,10 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-m",
         "--model",
-        choices=sorted({*MODELS, *COMPILED}),
+        choices=sorted({*MODELS, *SUBJECTS, *COMPILED}),
         action="append",
         metavar="NAME",
-        help=f"may be repeated; default all; with --peers: {', '.join(SUBJECTS)}; with --compile: {', '.join(COMPILED)}",
+        help=f"may be repeated; default all; with --peers: {', '.join(SUBJECTS)}; "
+        f"with --compile: {', '.join(COMPILED)}",
     )
     parser.add_argument(
         "--device",
@@ -207,10 +208,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.profile_alloc_time and not options.gpu_profile:
         parser.error("--profile-alloc-time needs --gpu-profile")
     if options.contest and (options.batch_size or options.mode or options.quick):
-        parser.error("--peers and --compile have batches of their own, in training: leave --batch-size, --mode and --quick out")
+        parser.error(
+            "--peers and --compile have batches of their own, in training: leave --batch-size, --mode and --quick out"
+        )
     known = SUBJECTS if options.peers else COMPILED if options.compile else MODELS
     if unknown := [name for name in options.model or () if name not in known]:
-        how = "with --peers" if options.peers else "with --compile" if options.compile else "without --peers or --compile"
+        how = (
+            "with --peers" if options.peers else "with --compile" if options.compile else "without --peers or --compile"
+        )
         parser.error(f"--model {unknown[0]}: {how}, {', '.join(known)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
@@ -378,7 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.write:
             soak_path, _ = _soak_paths(options.log_path)
             rows = read_log(options.log_path, Row)
-            written = write_document(rows, _there(soak_path, Moment), _there(_compile_path(options.log_path), Result), ROOT)
+            written = write_document(
+                rows, _there(soak_path, Moment), _there(_compile_path(options.log_path), Result), ROOT
+            )
             print("Written: " + ", ".join(map(str, written)))
             return 0
         command = _command(sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` does with one training step, by backend: models of the suite, at sizes that train in seconds."""
+"""What ``torch.compile`` does with one training step, by backend: models at sizes that train in seconds."""
 
 from __future__ import annotations
 

@@ -178,8 +178,8 @@ def _backends(results: Sequence[Result]) -> str:
     return f"""
 ## torch.compile, by backend
 
-{_COMPILED} {same} of {len(planned)} trainings compiled with OLLA had the losses and parameters of eager PyTorch, bit for
-bit. {_origin(results)}
+{_COMPILED} {same} of {len(planned)} trainings compiled with OLLA had the losses and parameters of eager
+PyTorch, bit for bit. {_origin(results)}
 
 {markdown(columns, _distinct(result.model for result in results))}
 """

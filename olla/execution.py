@@ -5,8 +5,8 @@ tensors are differs. The first run fills optimizer state and the caches of kerne
 is recorded: what every operator allocates, workspaces included. With that the order is planned anew
 (and recorded again, if it changed), and all addresses. From then on the step runs in its arena.
 
-What is planned in the background, on request, is taken up by the first run after it is there; until then the step runs in
-the order that it has, at first that of its program.
+What is planned in the background, on request, is taken up by the first run after it is there; until then the step runs
+in the order that it has, at first that of its program.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class Execution(Replaying):
     SpillError
         If what the plan spills has no room there.
     """
+
+    draft: Draft
+    spiller: Spiller
+    code: fx.GraphModule
 
     def __init__(
         self, program: Program, draft: Draft, options: Options, arena: Arena, space: SpillSpace, ranks: Ranks = ALONE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 import threading
 import unittest
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from eager import EagerTestCase, sgd
 from torch import nn
 from torch.nn import functional as F
@@ -99,9 +102,7 @@ class BackgroundTest(EagerTestCase):
             self.assertNotIn(threading.current_thread().name, order.threads + again.threads)
         self.assert_trains_as_eager(model, step, 3, eager)
         reference = network()
-        foreground = olla.optimize(
-            reference, X, loss_fn=F.mse_loss, targets=Y, optimizer=sgd(reference.parameters())
-        )
+        foreground = olla.optimize(reference, X, loss_fn=F.mse_loss, targets=Y, optimizer=sgd(reference.parameters()))
         foreground.measure(X, targets=Y)
         self.assertEqual(step.plan.order, foreground.plan.order)
         self.assertEqual(step.plan.peak_bytes, foreground.plan.peak_bytes)
@@ -150,12 +151,15 @@ class BackgroundTest(EagerTestCase):
 
     def test_what_it_does_not_go_with(self) -> None:
         model = network()
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = copy.deepcopy(model.state_dict())
         for options in ({"memory_budget": 0.5}, {"memory_budget": "1GiB", "place": False}):
             with self.assertRaisesRegex(InvalidOptionError, "background=True with memory_budget"):
                 planned(model, **options)
-        with self.assertRaisesRegex(InvalidOptionError, "background=True with process_group"):
-            planned(model, process_group=mock.Mock())
+        with tempfile.TemporaryDirectory() as folder:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+            self.addCleanup(dist.destroy_process_group)
+            with self.assertRaisesRegex(InvalidOptionError, "background=True with process_group"):
+                planned(model, process_group=dist.group.WORLD)
         self.assert_same(model.state_dict(), before, "state")
 
 

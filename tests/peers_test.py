@@ -159,7 +159,7 @@ class BackendsTest(ContestTestCase):
         entering = {name: changes for name, changes in backends().items() if name != "inductor"}  # it takes long
         entering |= {"other": (scale_gradients,), "failing": (fail,)}
         with (
-            mock.patch.dict(COMPILED, {"network": SUBJECT}),
+            mock.patch.dict(COMPILED, {"network": Subject(1000, network, list, ())}),
             mock.patch("benchmarks.backends", return_value=entering),
             mock.patch("benchmarks.tune_malloc"),
             contextlib.redirect_stdout(io.StringIO()),
@@ -171,10 +171,9 @@ class BackendsTest(ContestTestCase):
         self.assertEqual([name for name in found if found[name].error], ["failing"])
         self.assertEqual([name for name in found if not found[name].same_numbers], ["other", "failing"])
         peaks = {name: result.peak_bytes for name, result in found.items()}
-        self.assertLess(peaks["olla"], peaks["aot_eager"])
-        self.assertLess(peaks["olla, optimizer in backward"], peaks["olla"])
-        persistent = sum(p.nbytes for p in SUBJECT.training().model.parameters())
-        self.assertLessEqual(persistent + peaks[f"olla, budget {BUDGET}"], BUDGET * (1.1 * persistent + peaks[EAGER]))
+        self.assertLessEqual(peaks["olla"], peaks["aot_eager"])
+        self.assertLessEqual(peaks["olla, optimizer in backward"], peaks["olla"])
+        self.assertLess(peaks[f"olla, budget {BUDGET}"], 0.7 * peaks["olla"])
         self.assert_written(results)
 
     def assert_written(self, results: list[Result]) -> None:
@@ -193,4 +192,3 @@ class BackendsTest(ContestTestCase):
         self.assertIn("| model | eager PyTorch | aot_eager | olla |", text)
         self.assertIn(f"| {planned.peak_bytes / 2**20:,.1f} |", text)
         self.assertIn("3 of 3 trainings compiled with OLLA", text)
-
