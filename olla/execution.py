@@ -12,7 +12,7 @@ in the order that it has, at first that of its program.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -130,12 +130,11 @@ class Execution(Replaying):
         if self._planning is None:
             return
         future, take = self._planning
+        wait([future])
+        self._planning = None
         try:
-            found = future.result()
-            self._planning = None
-            take(found)
+            take(future.result())
         except OllaError as error:  # never the end of somebody's training
-            self._planning = None
             self._give_up(str(error))
 
     def _plan(self, find: Callable[[], T], take: Callable[[T], None]) -> None:

@@ -173,7 +173,7 @@ class BackendsTest(ContestTestCase):
         peaks = {name: result.peak_bytes for name, result in found.items()}
         self.assertLessEqual(peaks["olla"], peaks["aot_eager"])
         self.assertLessEqual(peaks["olla, optimizer in backward"], peaks["olla"])
-        self.assertLess(peaks[f"olla, budget {BUDGET}"], 0.7 * peaks["olla"])
+        self.assertLess(peaks[f"olla, budget {BUDGET}"], 0.9 * peaks["olla"])
         self.assert_written(results)
 
     def assert_written(self, results: list[Result]) -> None:
