@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -71,7 +71,7 @@ __all__ = [
     "graph_task",
     "has_gradient_hooks",
     "has_step_hooks",
-    "identity",
+    "hooks_of",
     "inductor",
     "inductor_planned",
     "input_position",
@@ -82,6 +82,7 @@ __all__ = [
     "is_wrapped_by_scheduler",
     "latest_autograd_node",
     "marked_as_boxed",
+    "members_of",
     "min_cut",
     "process_group",
     "real_tensors",
@@ -225,10 +226,14 @@ def collective_device(group: ProcessGroup) -> torch.device:
     return torch.device(_get_object_coll_device(group))
 
 
-def identity(module: nn.Module) -> list[int]:
-    """Changes when a submodule, parameter or hook of ``module`` is added, removed or exchanged."""
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
-    return [*map(id, module._modules.values()), *map(id, module._parameters.values()), len(module._buffers), hooks]
+def members_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries in which ``module`` keeps its own submodules and parameters, live."""
+    return module._modules, module._parameters
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The dictionaries in which ``module`` keeps its own hooks, live."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:

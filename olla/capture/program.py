@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from olla.errors import CaptureError, ExecutionError
-from olla.torch_private import ProcessGroup, buffers_of, identity, is_distributed
+from olla.torch_private import ProcessGroup, buffers_of, hooks_of, is_distributed, members_of
 
 __all__ = ["Program", "require_process_group"]
 
@@ -34,6 +36,27 @@ class Container(nn.Module):
     def forward(self, call: Callable[[], Any]) -> Any:
         """Run ``call`` while ``torch.func.functional_call`` has the tensors swapped."""
         return call()
+
+
+class _Members:
+    """The modules, parameters, hooks and parameter groups that are there; asked in every step, so compared in C."""
+
+    def __init__(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        self._holders = [holder for module in modules for holder in members_of(module)]
+        self._counted: list[Sized] = [*self._holders]
+        self._counted += [holder for module in modules for holder in (buffers_of(module), *hooks_of(module))]
+        self._optimizers = optimizers
+        self._sizes, self._held = [*map(len, self._counted)], self._now()
+
+    def are_the_same(self) -> bool:
+        """Whether none was added, removed or exchanged."""
+        now = self._now()
+        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
+        return same and [*map(len, self._counted)] == self._sizes
+
+    def _now(self) -> list[Any]:
+        groups = [group["params"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [*chain.from_iterable(map(dict.values, self._holders)), *chain.from_iterable(groups)]
 
 
 @dataclass(frozen=True)
@@ -69,10 +92,10 @@ class Program:
         object.__setattr__(self, "_places", _buffer_places(container))
         object.__setattr__(self, "parts", tuple(container.modules()))
         _require_own_parameters(self)
-        object.__setattr__(self, "_identity", _identity(self.parts, self.optimizers))
+        object.__setattr__(self, "_members", _Members(self.parts, self.optimizers))
 
     _places: dict[str, tuple[dict[str, Any], str]] = field(init=False, repr=False)
-    _identity: tuple[int, ...] = field(init=False, repr=False)
+    _members: _Members = field(init=False, repr=False)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -100,7 +123,7 @@ class Program:
 
     def require_unedited(self) -> None:
         """Raise :class:`ExecutionError` if modules or their tensors were exchanged since planning."""
-        if self._identity == _identity(self.parts, self.optimizers):
+        if self._members.are_the_same():
             return
         now, old = dict(self.container.named_parameters()), self.parameters
         changed = [name for name in now.keys() | old.keys() if now.get(name) is not old.get(name)]
@@ -162,14 +185,3 @@ def _require_own_parameters(program: Program) -> None:
                         f"{tuple(parameter.shape)} (group {index}, position {position}) that belongs to none of the "
                         "modules given: build the optimizer from model.parameters(), or pass that module too"
                     )
-
-
-def _identity(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> tuple[int, ...]:
-    """Changes when a module, parameter, hook or parameter group is added, removed or exchanged."""
-    parts: list[int] = []
-    for module in modules:
-        parts.extend(identity(module))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            parts.extend(map(id, group["params"]))
-    return tuple(parts)

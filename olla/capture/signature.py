@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,7 +85,9 @@ class Settings:
         own = program.own_attributes
         self._own = len(own)
         # All attributes as they are. If each is still the same object, nothing plain has changed.
-        self._seen = [(vars(module), tuple(vars(module).values())) for module in program.parts]
+        self._attributes = [vars(module) for module in program.parts]
+        self._sizes = [*map(len, self._attributes)]
+        self._seen = [*chain.from_iterable(map(dict.values, self._attributes))]
         self._values = tuple(
             value
             for module in program.parts
@@ -94,9 +97,10 @@ class Settings:
 
     def still_hold(self, program: Program) -> bool:
         """Whether they are the same now, as far as can be seen at a glance."""
-        return self._own == len(program.own_attributes) and all(
-            len(now) == len(then) and all(map(operator.is_, now.values(), then)) for now, then in self._seen
-        )
+        if self._own != len(program.own_attributes) or [*map(len, self._attributes)] != self._sizes:
+            return False
+        now = chain.from_iterable(map(dict.values, self._attributes))
+        return all(map(operator.is_, now, self._seen))
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Settings) and self._values == other._values)

@@ -42,7 +42,9 @@ class Runner:
 
         ``session`` is entered around the operators alone. After an exception, gradients that were there are there.
         """
-        state = [tensor.detach() for tensor in self._program.state.values()]
+        state = [*self._program.state.values()]
+        if not self._program.inference:
+            state = [tensor.detach() for tensor in state]
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         gradients = [parameter.grad for parameter in self._gradients_in]
         for parameter in self._cleared:
