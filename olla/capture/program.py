@@ -43,8 +43,8 @@ class _Members:
 
     def __init__(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         self._holders = [holder for module in modules for holder in members_of(module)]
-        self._counted: list[Sized] = [*self._holders]
-        self._counted += [holder for module in modules for holder in (buffers_of(module), *hooks_of(module))]
+        self._counted: list[Sized] = [*self._holders, *map(buffers_of, modules)]
+        self._counted += [hooks for module in modules for hooks in hooks_of(module)]
         self._optimizers = optimizers
         self._sizes, self._held = [*map(len, self._counted)], self._now()
 
