@@ -152,6 +152,17 @@ void sessions_nest() {
   REQUIRE(end(session).hits == 2);
 }
 
+void a_session_that_was_left_open_ends_with_the_one_that_it_is_in() {
+  Plan outer, inner;
+  olla::Session* first = outer.begin();
+  olla::Session* second = inner.begin();
+  end(first);
+  REQUIRE(olla_innermost() == nullptr);
+  olla::Counts counts;
+  REQUIRE(olla_end(second, &counts) == -1);
+  olla_drop_session(second, nullptr);
+}
+
 void a_recording_notes_what_the_step_allocates_and_releases() {
   int64_t clock = 0;
   olla::Session* session = olla_begin_recording(&clock);
@@ -242,6 +253,7 @@ int main(int, char** arguments) {
   a_block_larger_than_the_arena_is_refused();
   an_arena_lives_as_long_as_its_blocks();
   sessions_nest();
+  a_session_that_was_left_open_ends_with_the_one_that_it_is_in();
   a_recording_notes_what_the_step_allocates_and_releases();
   threads_run_steps_of_their_own_and_release_blocks_of_others();
   allocations_of_threads_without_a_step_are_counted_and_left_alone();

@@ -222,6 +222,7 @@ class InterruptionsTest(EagerTestCase):
             sys.settrace(None)
             self.assert_same(step(x), expected, f"output after an interruption at line {last}")
             self.assert_at_planned_addresses(step)
+            self.assertIsNone(step._arena.library.olla_innermost(), f"a session left open at line {last}")
         self.assertGreater(last, 20)
 
     @slow

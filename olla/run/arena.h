@@ -129,21 +129,27 @@ class Registry {
     open_.fetch_add(1);
   }
 
-  // Ends the innermost session of this thread.
-  Session* end() {
-    Session* session = pause();
+  // Ends a session of this thread. Returns whether it was one.
+  bool end(Session* session) {
+    if (!pause(session)) return false;
     session->counts.foreign = foreign_.load() - session->foreign_before;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (session->recording) session->recording->open = false;
     if (session->arena) session->counts.escapes = session->arena->alive();
-    return session;
+    return true;
   }
 
-  // Takes the innermost session off this thread; it may begin again, on any.
-  Session* pause() {
-    Session* session = std::exchange(current_, current_->outer);
-    open_.fetch_sub(1);
-    return session;
+  // Takes a session off this thread, and those that began in it and were never ended; it may begin again, on any.
+  bool pause(const Session* session) {
+    const Session* found = current_;
+    while (found != nullptr && found != session) found = found->outer;
+    if (found == nullptr) return false;
+    const Session* left = nullptr;
+    do {
+      left = std::exchange(current_, current_->outer);
+      open_.fetch_sub(1);
+    } while (left != session);
+    return true;
   }
 
   // Notes no more of what was recorded in a session that is paused.
@@ -249,7 +255,8 @@ class Registry {
 // ---------------------------------------------------------------------------------- the C interface
 //
 // For arena.py, the same for all devices; the one source file that includes this defines, beside it,
-// `olla_install` and `olla_new_arena`. Sessions end in the reverse order of their beginning.
+// `olla_install` and `olla_new_arena`. Sessions end in the reverse order of their beginning; one that was left open, by a
+// signal, ends with the one that it began in.
 
 extern "C" {
 
@@ -273,15 +280,15 @@ olla::Session* olla_begin_replay(
 // The session that runs on this thread, or null.
 olla::Session* olla_innermost() { return olla::Registry::innermost(); }
 
-// Ends the session and says how many events it recorded.
+// Ends the session and says how many events it recorded; -1: it is not one of this thread, and must not be dropped.
 int64_t olla_end(olla::Session* session, olla::Counts* counts) {
-  olla::Registry::get().end();
+  if (!olla::Registry::get().end(session)) return -1;
   *counts = session->counts;
   return session->recording ? static_cast<int64_t>(session->recording->events.size()) : 0;
 }
 
 // A recording of what runs in parts: between them, only releases are noted, and any thread may go on.
-void olla_pause() { olla::Registry::get().pause(); }
+void olla_pause(olla::Session* session) { olla::Registry::get().pause(session); }
 
 void olla_resume(olla::Session* session) { olla::Registry::get().begin(session); }
 

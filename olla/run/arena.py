@@ -8,6 +8,7 @@ does not go as recorded is answered by PyTorch's own allocator and counted.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -51,6 +52,20 @@ class Clock:
         self.pointer = ctypes.cast(self._memory, ctypes.POINTER(ctypes.c_int64))
 
 
+class _Open(threading.local):
+    """The sessions of a thread that have not ended.
+
+    C++ reads what they hold: so it is there, even if a signal comes when one should end. It ends when it begins again,
+    or with the one that it is in.
+    """
+
+    def __init__(self) -> None:
+        self.sessions: list[_Session] = []
+
+
+_OPEN = _Open()
+
+
 class _Session:
     """While it is entered, the allocations of this thread are recorded or replayed."""
 
@@ -67,7 +82,10 @@ class _Session:
         raise NotImplementedError
 
     def __enter__(self) -> None:
+        if self._handle is not None:  # a signal, perhaps, when the last one should have ended
+            self._end()
         self._clock.tell(-1)
+        _OPEN.sessions.append(self)
         outer = self._library.olla_innermost()
         try:
             self._handle = self._begin()
@@ -80,15 +98,24 @@ class _Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end()
+        try:
+            self._end()
+        except BaseException:
+            if self._handle is not None:
+                self._end()
+            raise
 
     def _end(self) -> None:
         counts = native.Counts()
-        events = (native.Event * self._library.olla_end(self._handle, ctypes.byref(counts)))()
-        self._library.olla_drop_session(self._handle, events)
+        number = self._library.olla_end(self._handle, ctypes.byref(counts))
+        if number >= 0:
+            events = (native.Event * number)()
+            self._library.olla_drop_session(self._handle, events)
+            self.counts = Counts(*(getattr(counts, field.name) for field in fields(Counts)))
+            self._ended(events)
         self._handle = None
-        self.counts = Counts(*(getattr(counts, field.name) for field in fields(Counts)))
-        self._ended(events)
+        if self in _OPEN.sessions:
+            _OPEN.sessions.remove(self)
 
 
 class Recorder(_Session):
@@ -110,6 +137,7 @@ class Recorder(_Session):
             return
         self._paused.detach()
         self._clock.tell(-1)
+        _OPEN.sessions.append(self)
         self._library.olla_resume(self._handle)
 
     def __exit__(
@@ -118,7 +146,8 @@ class Recorder(_Session):
         self._parts -= 1
         if self._parts and kind is None:
             assert self._handle is not None
-            self._library.olla_pause()
+            self._library.olla_pause(self._handle)
+            _OPEN.sessions.remove(self)
             self._paused = weakref.finalize(self, self._library.olla_abandon, self._handle)
         else:
             super().__exit__(kind, error, traceback)

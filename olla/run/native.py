@@ -78,7 +78,7 @@ def load(device: str) -> ctypes.PyDLL:
     library.olla_end.argtypes, library.olla_end.restype = [ctypes.c_void_p, ctypes.POINTER(Counts)], ctypes.c_int64
     library.olla_drop_session.argtypes = [ctypes.c_void_p, ctypes.POINTER(Event)]
     library.olla_drop_session.restype = None
-    library.olla_pause.argtypes, library.olla_pause.restype = [], None
+    library.olla_pause.argtypes, library.olla_pause.restype = [ctypes.c_void_p], None
     library.olla_resume.argtypes, library.olla_resume.restype = [ctypes.c_void_p], None
     library.olla_abandon.argtypes, library.olla_abandon.restype = [ctypes.c_void_p], None
     if not library.olla_install():
