@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench import cells
+from bench.backends import COMPILED
 from bench.contest import Result
 from bench.models import MODELS, QUICK
 from bench.picture import draw_peaks, draw_soak
@@ -34,7 +35,7 @@ estimated times of operators; *at least* is what any schedule within it must tak
 _MEASURED = """\
 Eager and planned steps in turn, in one process. Peaks are the allocator's, step times against eager PyTorch."""
 _COMPILED = """\
-One training step with `torch.compile`, by its backend, at batch 2 to 8: the measured peak, in MiB. The loss and the
+One training step with `torch.compile`, by its backend, at batch {} to {}: the measured peak, in MiB. The loss and the
 optimizer are outside of what is compiled. A budget is a share of what the step holds in eager PyTorch, parameters
 included."""
 _ORDERS: Columns[Row] = {
@@ -169,16 +170,18 @@ def _page(rows: Sequence[Row], picture: str) -> str:
 
 def _backends(results: Sequence[Result]) -> str:
     """The section of ``torch.compile``: a row for each model, a column for each backend."""
-    found = {(result.model, result.contender): result for result in results}
+    peaks = {(result.model, result.contender): result.peak_bytes for result in results}
     columns: Columns[str] = {"model": str}
     for contender in _distinct(result.contender for result in results):
-        columns[contender] = lambda model, contender=contender: cells.mebibytes(found[model, contender].peak_bytes)
+        columns[contender] = lambda model, contender=contender: cells.mebibytes(peaks.get((model, contender)))
+    batches = [subject.batch_size for subject in COMPILED.values()]
+    what = _COMPILED.format(min(batches), max(batches))
     planned = [result for result in results if result.contender.startswith("olla")]
     same = sum(bool(result.same_numbers) for result in planned)
     return f"""
 ## torch.compile, by backend
 
-{_COMPILED} {same} of {len(planned)} trainings compiled with OLLA had the losses and parameters of eager
+{what} {same} of {len(planned)} trainings compiled with OLLA had the losses and parameters of eager
 PyTorch, bit for bit. {_origin(results)}
 
 {markdown(columns, _distinct(result.model for result in results))}

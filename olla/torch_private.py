@@ -88,10 +88,10 @@ __all__ = [
     "real_tensors",
     "remove_step_hooks",
     "running_autograd_node",
+    "runs_scaler",
     "storage_key",
     "trace_fake",
     "unflatten",
-    "runs_scaler",
     "will_accumulate",
     "written_arguments",
 ]
