@@ -203,6 +203,19 @@ class ModelsTest(EagerTestCase):
         self.assert_inference_same(copy.deepcopy(model), inputs)
         return self.assert_training_same(model, inputs, **options)
 
+    def test_a_parameter_among_the_results_of_an_inference_is_detached(self) -> None:
+        class Open(nn.Linear):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return super().forward(x), self.weight, self.weight.detach()
+
+        model, x = Open(8, 8).eval(), torch.randn(2, 8)
+        with olla.optimize(model, x) as step:
+            for _ in range(4):
+                results = step(x)
+                self.assert_same(results, tuple(result.detach() for result in model(x)), "results")
+                self.assertFalse(any(result.requires_grad for result in results))
+                self.assertEqual(results[1].data_ptr(), model.weight.data_ptr())
+
     def test_tied_weights_stay_tied(self) -> None:
         class Tied(nn.Module):
             def __init__(self) -> None:

@@ -66,7 +66,8 @@ class Runner:
         first_gradient = len(outputs) - len(self._gradients_out)
         for parameter, gradient in zip(self._gradients_out, outputs[first_gradient:], strict=True):
             parameter.grad = gradient
-        tensors = iter(outputs[:first_gradient])
+        # Of an inference, a parameter may be a result.
+        tensors = iter([tensor.detach() if tensor.requires_grad else tensor for tensor in outputs[:first_gradient]])
         results = [
             next(tensors) if is_tensor else value
             for value, is_tensor in zip(self._traced.results, self._traced.result_is_tensor, strict=True)
