@@ -11,7 +11,7 @@
     python benchmarks.py --peers                      PyTorch's own means to save memory, and OLLA within budgets
     python benchmarks.py --compile                    torch.compile, with each backend
     python benchmarks.py --soak                       10,000 steps: does memory grow?
-    python benchmarks.py --write                      docs/results.md and the README's table, from the log
+    python benchmarks.py --write                      docs/results.md and the README's tables, from the logs
 
 Every row plans one step of a model on the meta device, order and addresses, and compares the order with those that
 PyTorch Inductor chooses among (least peak memory first, breadth first, depth first). "Reserved" is what the CUDA
@@ -32,9 +32,10 @@ planners found: the order, the addresses for it, both jointly, and, within a byt
 and what some op needs for itself, what to recompute and what to spill (at most 3 repeats; times of ops are estimated).
 With --peers, three models of sizes of their own are trained by eager PyTorch, with optimizers that step in the
 backward pass, with checkpoints, compiled, and by OLLA within byte budgets, in one process. Every peak is measured by
-the same code; steps take turns, and a time is relative to that of eager PyTorch in the same round. "Same numbers":
-after two steps, losses and parameters are those of eager PyTorch, bit for bit.
-With --compile, models are trained so with torch.compile and its backends, OLLA's among them;
+the same code; contenders take turns, two steps each, of which the second is timed, relative to that of eager PyTorch
+in the same round. "Same numbers": after two steps, losses and parameters are those of eager PyTorch, bit for bit.
+Figures and picture are beside the log, as .peers.csv and .peers.png, and --write takes them up.
+With --compile, models are trained so, and run in inference, with torch.compile and its backends, OLLA's among them;
 the log is beside the other one, as .compile.csv, and --write takes it up.
 With --soak, one small step runs 10,000 times in this process, whose resident memory is noted every 100 steps, with
 the allocations that missed their addresses; figures and picture are beside the log, as .soak.csv and .soak.png, and
@@ -65,6 +66,7 @@ from bench.backends import COMPILED, backends
 from bench.comparison import SAVINGS, compare
 from bench.contest import Result, show_contest
 from bench.document import write_document
+from bench.evidence import Evidence
 from bench.ilp import FORMS, ILP, solve_form
 from bench.log import read_log, write_log
 from bench.machine import machine
@@ -179,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "--solve-seconds", type=float, default=60.0, help="with --ilp: the limit of each solver; default %(default)s"
     )
     parser.add_argument(
-        "--write", action="store_true", help="write docs/results.md and the README's table from the log, and stop"
+        "--write", action="store_true", help="write docs/results.md and the README's tables from the logs, and stop"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the models and stop")
     return parser
@@ -308,22 +310,26 @@ def _interrupts() -> Iterator[None]:
 
 
 def _run_contests(options: argparse.Namespace, command: str) -> list[Result]:
-    log_path = _compile_path(options.log_path) if options.compile else options.log_path
-    subjects = COMPILED if options.compile else SUBJECTS
+    log_path = _contest_path(options)
+    subjects, modes = (COMPILED, ("train", "eval")) if options.compile else (SUBJECTS, ("train",))
     made = _made("cpu", command)
     results = read_log(log_path, Result) if options.append_log and log_path.exists() else []
-    also = ""
-    for name in options.model or subjects:
+    for name, mode in product(options.model or subjects, modes):
         subject = subjects[name]
-        if name not in {result.model for result in results}:
-            entering = backends() if options.compile else contenders(subject.budgets)
-            results += show_contest(name, subject, entering, partial(Result, name, **made))
+        if (name, mode) not in {(result.model, result.mode) for result in results}:
+            entering = backends(mode) if options.compile else contenders(subject.budgets)
+            results += show_contest(f"{name}, {mode}", subject, entering, partial(Result, name, mode, **made))
             write_log(results, log_path)
-        if options.peers:
-            draw_contests(results, log_path.with_suffix(".png"))
-            also = f", a picture of them in {log_path.with_suffix('.png')}"
+    also = ""
+    if options.peers:
+        draw_contests(results, log_path.with_suffix(".png"))
+        also = f", a picture of them in {log_path.with_suffix('.png')}"
     print(f"The figures are in {log_path}{also}.")
     return results
+
+
+def _contest_path(options: argparse.Namespace) -> Path:
+    return _beside(options.log_path, "compile" if options.compile else "peers")
 
 
 def _made(device: str, command: str) -> dict[str, str]:
@@ -331,26 +337,21 @@ def _made(device: str, command: str) -> dict[str, str]:
     return {"machine": machine(device), "date": str(datetime.date.today()), "command": command}
 
 
-def _compile_path(log_path: Path) -> Path:
-    """The log of the backends of torch.compile."""
-    return log_path.with_suffix(".compile.csv")
-
-
-def _soak_paths(log_path: Path) -> tuple[Path, Path]:
-    """The log and the picture of a long run."""
-    return log_path.with_suffix(".soak.csv"), log_path.with_suffix(".soak.png")
+def _beside(log_path: Path, kind: str) -> Path:
+    """The log of contests and long runs."""
+    return log_path.with_suffix(f".{kind}.csv")
 
 
 def _run_soak(options: argparse.Namespace, command: str) -> None:
-    path, picture_path = _soak_paths(options.log_path)
+    path = _beside(options.log_path, "soak")
     moments: list[Moment] = []
     for moment in soak(STEPS, partial(Moment, **_made("cpu", command))):
         moments.append(moment)
         write_log(moments, path)
         if moment.steps % 1000 == 0:
             print(f"{moment.steps:6,} steps: {cells.mebibytes(moment.resident_bytes)} MiB, {moment.missed} missed")
-    draw_soak(moments, picture_path)
-    print(f"The figures are in {path}, a picture of them in {picture_path}.")
+    draw_soak(moments, path.with_suffix(".png"))
+    print(f"The figures are in {path}, a picture of them in {path.with_suffix('.png')}.")
 
 
 def _there(path: Path, kind: type[T]) -> list[T]:
@@ -381,11 +382,13 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         if options.write:
-            soak_path, _ = _soak_paths(options.log_path)
-            rows = read_log(options.log_path, Row)
-            written = write_document(
-                rows, _there(soak_path, Moment), _there(_compile_path(options.log_path), Result), ROOT
+            evidence = Evidence(
+                read_log(options.log_path, Row),
+                moments=_there(_beside(options.log_path, "soak"), Moment),
+                peers=_there(_beside(options.log_path, "peers"), Result),
+                compiled=_there(_beside(options.log_path, "compile"), Result),
             )
+            written = write_document(evidence, ROOT)
             print("Written: " + ", ".join(map(str, written)))
             return 0
         command = _command(sys.argv[1:] if arguments is None else arguments)
@@ -400,7 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.soak:
             print("Stopped.")
             return 130
-        print(f"Stopped. What was done is in {options.log_path}; to go on, give the same options and --append-log.")
+        log_path = _contest_path(options) if options.contest else options.log_path
+        print(f"Stopped. What was done is in {log_path}; to go on, give the same options and --append-log.")
         return 130
     return 0 if any(not row.error for row in done) else 1
 

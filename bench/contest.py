@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import olla
 from bench import cells
 from bench.peers import EAGER, Change
 from bench.training import Step, Subject, Training
@@ -30,13 +31,18 @@ class Result:
     """One contender and its figures."""
 
     model: str
+    mode: str
     contender: str
     peak_bytes: int | None = None  # above what lives across steps
     saving: float | None = None  # the share of eager PyTorch's peak
+    persistent_bytes: int | None = None  # of what lives across steps
     step_seconds: float | None = None  # median
     time_ratio: float | None = None  # median over rounds, to the step of eager PyTorch in the same round
     same_numbers: bool | None = None  # losses and parameters are eager PyTorch's, bit for bit
     same_buffers: bool | None = None  # running statistics are
+    planning_seconds: float | None = None  # this, and what follows, where OLLA plans the whole step
+    extra: float | None = None  # time for its budget, as a share of eager PyTorch's step, as planned
+    least_extra: float | None = None  # as proven
     machine: str = ""
     date: str = ""
     command: str = ""  # that made it
@@ -58,6 +64,7 @@ def compete(
     torch.compiler.reset()
     results: list[Result] = []
     steps: dict[str, Step] = {}
+    planned: dict[str, olla.Step | None] = {}
     expected: Numbers | None = None
     for contender, changes in contenders.items():
         tell(contender)
@@ -74,13 +81,26 @@ def compete(
             for _ in range(_WARM_UPS):
                 training.step()
             result.peak_bytes, _ = peak_of(training.step, torch.device("cpu"))
+            result.persistent_bytes = training.persistent_bytes()
             result.saving = 1 - result.peak_bytes / (results[0].peak_bytes or result.peak_bytes)
             steps[contender] = training.step
+            planned[contender] = training.planned
         if expected is None:
             break
     tell("taking the times")
     _time(steps, results)
+    for result in results:
+        if step := planned.get(result.contender):
+            _note(result, step.plan, results[0].step_seconds or 1.0)
     return results
+
+
+def _note(result: Result, plan: olla.Plan, eager_seconds: float) -> None:
+    """What the plan of a whole step says."""
+    result.planning_seconds = plan.seconds
+    result.extra, result.least_extra = (
+        seconds / eager_seconds for seconds in (plan.extra_seconds, plan.extra_seconds_lower_bound)
+    )
 
 
 @contextmanager
@@ -104,11 +124,15 @@ def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def _time(steps: dict[str, Step], results: list[Result]) -> None:
-    """Every step once a round, in an order drawn anew, so that what else the machine does meets all alike."""
+    """Every step in each round, in an order drawn anew, so that what else the machine does meets all alike.
+
+    It runs twice, and the second time counts: in a loop, a step follows one of its own kind, whose memory is at hand.
+    """
     draw = random.Random(0)
     seconds: dict[str, list[float]] = {contender: [] for contender in steps}
     for _ in range(_ROUNDS):
         for contender in draw.sample(list(steps), len(steps)):
+            steps[contender]()
             started = time.perf_counter()
             steps[contender]()
             seconds[contender].append(time.perf_counter() - started)
@@ -122,7 +146,7 @@ def _time(steps: dict[str, Step], results: list[Result]) -> None:
 def show_contest(
     name: str, subject: Subject, contenders: Contenders, result_of: Callable[[str], Result]
 ) -> list[Result]:
-    """Run the contest of this subject, say how far it is, and print its table."""
+    """Run the contest of this name, say how far it is, and print its table."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -60,7 +60,7 @@ def plan(training: Training, *, budget: int | None = None) -> None:
         planned = olla.plan(workload.model, workload.inputs, **arguments, place=False, progress=False)
         memory_budget = planned.persistent_bytes + budget * 2**20
     step = olla.optimize(workload.model, workload.inputs, **arguments, memory_budget=memory_budget, progress=False)
-    training.step = partial(workload.call, step, train=True)
+    training.step, training.planned = partial(workload.call, step, train=True), step
 
 
 def contenders(budgets: tuple[int, ...]) -> dict[str, tuple[Change, ...]]:

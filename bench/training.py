@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import olla
 from bench.models import Workload, classifier, language
+from olla.torch_private import flatten
 
 Step = Callable[[], Tensor]  # runs one, and returns the loss
 SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
@@ -26,6 +28,7 @@ class Training:
         self.blocks = tuple(blocks)
         self.optimizer = SGD(self.model.parameters())
         self.step: Step = self.eager_step
+        self.planned: olla.Step | None = None  # by OLLA
 
     def eager_step(self) -> Tensor:
         """The body of the loop; it leaves no gradients. Returns the loss."""
@@ -34,6 +37,18 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def infer(self) -> None:
+        """Make it an inference, which returns the loss, too."""
+        self.model.eval()
+        self.step = torch.no_grad()(partial(self.workload.call, self._loss, train=True))
+
+    def persistent_bytes(self) -> int:
+        """Of parameters, buffers, optimizer state and the batch: what lives across steps."""
+        held = [*self.model.parameters(), *self.model.buffers(), self.workload.inputs, self.workload.targets]
+        leaves, _ = flatten([held, [list(state.values()) for state in self.optimizer.state.values()]])
+        storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _loss(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
         output = self.model(*args, **kwargs)

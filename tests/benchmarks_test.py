@@ -255,9 +255,10 @@ class LogTest(unittest.TestCase):
                     self.assertEqual(self.path.read_text(), text)
 
     def test_the_page_and_the_table_are_written_from_the_log_alone(self) -> None:
-        around = "# Größe\n\n<!-- table: quick -->\n{}<!-- end of table -->\n\n| by | hand |\n"
+        around = "# Größe\n\n<!-- written: quick -->\n{}<!-- end of quick -->\n\n| by | hand |\n"
+        around += "<!-- written: orders -->\n{}<!-- end of orders -->\n"
         readme, page = self.root / "README.md", self.root / "docs" / "results.md"
-        readme.write_text(around.format("| old |\n"))
+        readme.write_text(around.format("| old |\n", "old\n"))
         page.parent.mkdir()
         self.run_with("-m", "tiny", "-m", "resnet18")
         with mock.patch("benchmarks.run_case") as run:
@@ -267,9 +268,11 @@ class LogTest(unittest.TestCase):
         run.assert_not_called()
         self.assertEqual((page.read_text(), readme.read_text()), first)
         text = readme.read_text()
-        table = text.partition("quick -->\n")[2].partition("<!-- end")[0]
-        self.assertEqual(text, around.format(table))
-        self.assertNotIn("| old |", table)
+        table, said = (text.partition(f"{name} -->\n")[2].partition("<!-- end")[0] for name in ("quick", "orders"))
+        self.assertEqual(text, around.format(table, said))
+        self.assertNotIn("old", table + said)
+        self.assertIn("Over the 8 graphs of `benchmarks.py` (2 models, batch 1 and 32,", said)
+        self.assertIn("the proven gap is at most 0.0000%, and zero on 8.", said)
         self.assertEqual([line.split()[1] for line in table.splitlines()[2:3]], ["resnet18"])
         [trained] = [
             row for row in read_log(self.path, Row) if (row.model, row.case[1:3]) == ("resnet18", (1, "train"))
@@ -294,17 +297,17 @@ class LogTest(unittest.TestCase):
         readme = self.root / "README.md"
         (self.root / "docs").mkdir()
         self.run_with("-m", "resnet18", "-b", "1", "--mode", "train", "--simulate")
-        readme.write_text("<!-- table: quick -->\n<!-- end of table -->\n")
+        readme.write_text("<!-- written: quick -->\n<!-- end of quick -->\n")
         status, said = self.run_with("--write")
         self.assertEqual(status, 2)
         self.assertIn("run benchmarks.py --quick first", said)
         self.run_with("-m", "resnet18", "-b", "1", "--mode", "train")
-        readme.write_text("<!-- table: quick -->\nno end\n")
+        readme.write_text("<!-- written: quick -->\nno end\n")
         status, said = self.run_with("--write")
         self.assertEqual(status, 2)
         self.assertIn("must stand there once", said)
         self.assertEqual(list((self.root / "docs").iterdir()), [])
-        self.assertEqual(readme.read_text(), "<!-- table: quick -->\nno end\n")
+        self.assertEqual(readme.read_text(), "<!-- written: quick -->\nno end\n")
 
     def test_a_log_that_cannot_be_written_is_found_out_before_anything_runs(self) -> None:
         with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:

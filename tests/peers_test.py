@@ -17,9 +17,9 @@ from torch._functorch import config
 from torch.nn import functional as F
 
 import benchmarks
+from bench import page
 from bench.backends import BUDGET, COMPILED, backends
 from bench.contest import Result
-from bench.document import write_document
 from bench.log import read_log
 from bench.models import Workload
 from bench.peers import (
@@ -75,7 +75,8 @@ class PeersTest(ContestTestCase):
             contextlib.redirect_stdout(io.StringIO()) as output,
         ):
             status = benchmarks.main(["--peers", "-m", "network", "--log-path", str(self.path)])
-        return status, pandas.read_csv(self.path).set_index("contender"), output.getvalue()
+        log = pandas.read_csv(self.path.with_suffix(".peers.csv"))
+        return status, log.set_index("contender"), output.getvalue()
 
     def test_all_are_held_against_eager_pytorch(self) -> None:
         changes = {
@@ -106,7 +107,7 @@ class PeersTest(ContestTestCase):
         self.assertTrue((log.step_seconds > 0).all())
         for name in changes:
             self.assertIn(name, text)
-        self.assertTrue(self.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG"))
+        self.assertTrue(self.path.with_suffix(".peers.png").read_bytes().startswith(b"\x89PNG"))
 
     def test_budgets_are_kept_and_a_failing_contender_is_a_row(self) -> None:
         changes = {
@@ -122,6 +123,9 @@ class PeersTest(ContestTestCase):
         self.assertLessEqual(log.peak_bytes["1 MiB"], 2**20)
         self.assertGreater(log.peak_bytes[EAGER], 2**20)
         self.assertTrue(log.same_numbers["1 MiB"])
+        self.assertGreaterEqual(log.extra["1 MiB"], log.least_extra["1 MiB"])
+        self.assertGreater(log.planning_seconds["1 MiB"], 0)
+        self.assertGreater(log.persistent_bytes[EAGER], 6 * 128 * 129 * 2 * 4)  # weights, biases and their momentum
         self.assertIn("no such means", text)
 
     def test_without_eager_pytorch_there_is_no_contest(self) -> None:
@@ -156,39 +160,33 @@ class PeersTest(ContestTestCase):
 
 class BackendsTest(ContestTestCase):
     def test_each_backend_has_its_peak_and_the_numbers_of_eager_pytorch_or_not(self) -> None:
-        entering = {name: changes for name, changes in backends().items() if name != "inductor"}  # it takes long
-        entering |= {"other": (scale_gradients,), "failing": (fail,)}
+        def entering(mode: str) -> dict[str, object]:
+            found = {name: changes for name, changes in backends(mode).items() if name != "inductor"}  # it takes long
+            return found | {"other": (scale_gradients,), "failing": (fail,)} if mode == "train" else found
+
         with (
             mock.patch.dict(COMPILED, {"network": Subject(1000, network, list, ())}),
-            mock.patch("benchmarks.backends", return_value=entering),
+            mock.patch("benchmarks.backends", side_effect=entering),
             mock.patch("benchmarks.tune_malloc"),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             self.assertEqual(benchmarks.main(["--compile", "-m", "network", "--log-path", str(self.path)]), 0)
         results = read_log(self.path.with_name("log.compile.csv"), Result)
-        found = {result.contender: result for result in results}
-        self.assertEqual(list(found), list(entering))
-        self.assertEqual([name for name in found if found[name].error], ["failing"])
-        self.assertEqual([name for name in found if not found[name].same_numbers], ["other", "failing"])
-        peaks = {name: result.peak_bytes for name, result in found.items()}
+        found = {(result.mode, result.contender): result for result in results}
+        self.assertEqual(list(found), [(mode, name) for mode in ("train", "eval") for name in entering(mode)])
+        self.assertEqual([name for name in found if found[name].error], [("train", "failing")])
+        wrong = [("train", "other"), ("train", "failing")]
+        self.assertEqual([name for name in found if not found[name].same_numbers], wrong)
+        peaks = {name: result.peak_bytes for (mode, name), result in found.items() if mode == "train"}
         self.assertLessEqual(peaks["olla"], peaks["aot_eager"])
         self.assertLessEqual(peaks["olla, optimizer in backward"], peaks["olla"])
-        self.assertLess(peaks[f"olla, budget {BUDGET}"], 0.9 * peaks["olla"])
-        self.assert_written(results)
-
-    def assert_written(self, results: list[Result]) -> None:
-        """That what the page says is what was measured."""
-        with (
-            mock.patch("bench.document.draw_peaks"),
-            mock.patch("bench.document._page", return_value=""),
-            mock.patch("bench.document.fill", return_value=""),
-            mock.patch("bench.document._quick", return_value=""),
-        ):
-            root = self.path.parent
-            (root / "docs").mkdir()
-            write_document([], [], results, root)
-        text = (root / "docs" / "results.md").read_text()
-        [planned] = [result for result in results if result.contender == "olla"]
+        planned, eager = found["train", f"olla, the same within {BUDGET}"], found["train", EAGER]
+        self.assertLessEqual(
+            planned.persistent_bytes + planned.peak_bytes, BUDGET * (eager.persistent_bytes + eager.peak_bytes)
+        )
+        self.assertLessEqual(found["eval", "olla"].peak_bytes, found["eval", "aot_eager"].peak_bytes)
+        self.assertLess(found["eval", EAGER].peak_bytes, eager.peak_bytes)
+        text = "\n".join(page._backends(results))
         self.assertIn("| model | eager PyTorch | aot_eager | olla |", text)
-        self.assertIn(f"| {planned.peak_bytes / 2**20:,.1f} |", text)
-        self.assertIn("3 of 3 trainings compiled with OLLA", text)
+        self.assertIn(f"| {peaks['olla'] / 2**20:,.1f} |", text)
+        self.assertIn("4 of 4 models compiled with OLLA", text)

@@ -133,6 +133,7 @@ class UpdateRecorder:
 
 
 _SMALL = 200  # neighbours share an update while they are less than this part of all gradients
+_SMALL_ON_GPUS = 50  # where every call launches several kernels
 
 
 def chunks(pairs: Sequence[tuple[Tensor, Value]], total: int) -> Iterator[list[tuple[Tensor, Value]]]:
@@ -140,7 +141,7 @@ def chunks(pairs: Sequence[tuple[Tensor, Value]], total: int) -> Iterator[list[t
 
     ``pairs`` begin with parameters; ``total`` is the size of all gradients, in bytes.
     """
-    small = total // _SMALL
+    small = total // (_SMALL_ON_GPUS if pairs and pairs[0][0].is_cuda else _SMALL)
     chunk: list[tuple[Tensor, Value]] = []
     size = 0
     for pair in pairs:
