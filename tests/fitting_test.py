@@ -16,6 +16,7 @@ import olla
 from olla import Graph, InfeasibleError, Op, Plan, Schedule, Storage
 from olla.fit.fitting import Fitting, fitted
 from olla.fit.frontier import frontier
+from olla.fit.program import as_sequence, completed, program_of, simulated
 from olla.fit.spill import Bandwidth
 from olla.graph.check import verify
 from olla.ilp import fit
@@ -102,6 +103,20 @@ class FittingTest(unittest.TestCase):
             self.assertLess(other.peak_bytes, one.peak_bytes)
             self.assertGreaterEqual(other.extra_seconds, one.extra_seconds)
             verify(graph, Plan.of(graph, other))
+
+    def test_updates_wait_for_their_own_gradient_though_all_read_the_same(self) -> None:
+        storages = [Storage("x", 10), Storage("learning rate", 4, persistent=True)]
+        storages += [Storage(f"weight {i}", 10, persistent=True) for i in range(3)]
+        storages += [Storage(f"gradient {i}", 10) for i in range(3)]
+        ops = [Op("x", creates=(0,)), *(Op(f"backward {i}", reads=(0,), creates=(5 + i,)) for i in (2, 1, 0))]
+        ops += [Op(f"update {i}", reads=(5 + i, 1), writes=(2 + i,)) for i in range(3)]
+        ops += [Op("decay", writes=(1,)), Op("log", reads=(1,), writes=(2,))]  # these wait for all that read or write
+        program = program_of(Graph(tuple(ops), tuple(storages)))
+        whole, _ = completed(program, as_sequence(program, range(len(ops))))
+        names = [ops[op].name for op in whole]
+        expected = [name for i in (2, 1, 0) for name in (f"backward {i}", f"update {i}")]
+        self.assertEqual(names, ["x", *expected, "decay", "log"])
+        self.assertTrue(simulated(program, whole)[0])
 
     def test_what_fits_is_left_alone(self) -> None:
         start = olla.schedule(diamond())

@@ -2,7 +2,7 @@
 
 In a sequence ops may run again. It leaves out the *late* ops, which only change persistent state, as updates of
 parameters do: each follows the last op that touches anything it touches, so that a parameter is changed when nobody,
-recomputed or not, will read it any more.
+recomputed or not, will read it any more. (Late ops that read the same do not wait for one another.)
 
 A storage that is spilled comes back by a *load*, an op of its own: it needs nothing in memory and makes a content that
 was there before. In between, from its last use on, the storage is elsewhere.
@@ -112,12 +112,17 @@ def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]
         for k in range(program.start[sequence[position]], program.start[sequence[position] + 1]):
             last[program.storage[k]] = position
     after = np.zeros(len(program.late), np.int64)
+    changed = last.copy()  # where late ops that read a storage may begin: they need not wait for one another
     for i in range(len(program.late)):
         op = program.late[i]
         for k in range(program.start[op], program.start[op + 1]):
-            after[i] = max(after[i], last[program.storage[k]])
+            storage = program.storage[k]
+            after[i] = max(after[i], changed[storage] if program.kind[k] == READS else last[storage])
         for k in range(program.start[op], program.start[op + 1]):
-            last[program.storage[k]] = after[i]  # others that touch the same come later
+            storage = program.storage[k]
+            last[storage] = max(last[storage], after[i])
+            if program.kind[k] != READS:
+                changed[storage] = after[i]
     turn = np.argsort(after, kind="mergesort")
     whole = np.empty(len(sequence) + len(after), np.int64)
     owner = np.empty(len(whole), np.int64)
