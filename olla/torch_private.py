@@ -343,20 +343,26 @@ class Kernel:
 
 
 Reorder = Callable[[Sequence[Kernel], Sequence[int], Set[str]], Sequence[int]]
+Boxed = Callable[[list[Any]], Any]  # empties the list of its inputs, so that each can die at its last use
 
 
 def inductor_planned(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any], reorder: Reorder
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    partition: Callable[..., Any],
+    reorder: Reorder,
+    observed: Callable[[Boxed, bool], Boxed],
 ) -> Callable[..., Any]:
     """``module`` as Inductor compiles it, but for two decisions. Nothing of Inductor's configuration stays changed.
 
     ``partition(joint, inputs, num_fwd_outputs=..., ...)`` divides a joint graph of Inductor's own operators.
     ``reorder(kernels, inductors, outputs)`` gets the kernels of each part as they were traced, the order in which
     Inductor would run them, and the names of the buffers that are returned; what it returns is the order they run in.
+    ``observed(run, is_backward)`` gets what runs each part, and returns what is to be run instead.
 
     PyTorch does not keep such graphs on disk, because it cannot know what the two depend on; their kernels it does.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.custom_graph_pass import CustomPartitionerFn
     from torch._inductor.memory import reorder_for_peak_memory
     from torch._inductor.virtualized import V
@@ -377,9 +383,15 @@ def inductor_planned(
         order = reorder(_kernels(nodes, given, outputs), [position[node] for node in theirs], outputs)
         return [nodes[index] for index in order]
 
+    def compiled_inside(*args: Any, is_backward: bool = False, **kwargs: Any) -> Any:
+        part: Any = compile_fx_inner(*args, is_backward=is_backward, **kwargs)
+        part.current_callable = observed(part.current_callable, is_backward)
+        return part
+
     found: Any = compile_fx(
         module,
         inputs,
+        inner_compile=compiled_inside,
         config_patches={
             "custom_partitioner_fn": Partitioner(),
             "_post_fusion_custom_pass": reordered,
@@ -443,9 +455,6 @@ def aot_backend(
         keep_inference_input_mutations=True,
     )
     return backend
-
-
-Boxed = Callable[[list[Any]], Any]  # empties the list of its inputs, so that each can die at its last use
 
 
 def boxed(module: fx.GraphModule) -> Boxed:

@@ -193,7 +193,7 @@ class SnapshotTest(FileTestCase):
         self.assertEqual(len(re.findall(r"^\w+ = \w+\[", history, re.M)), 5)
         self.assertIn("snapshot.pickle", _memory_viz.trace_plot(snapshot))
         flames = _memory_viz.memory(snapshot, format_flamegraph=str)
-        self.assertIn("stream_0;active_allocated;:0:join 2", flames)
+        self.assertIn("stream_0;active_allocated;unknown:0:join 2", flames)
 
     def test_the_unpickler_of_the_visualizer_knows_all_of_it(self) -> None:
         # https://github.com/pytorch/pytorch/blob/main/torch/utils/viz/MemoryViz.js, unpickle()
@@ -275,12 +275,21 @@ class TraceTest(FileTestCase):
         slices = [e for e in events["X"] if e["pid"] == 1]
         self.assertEqual([(e["name"], e["ts"], e["dur"]) for e in slices][2], ("c", 3_000_000, 4_000_000))
         self.assertEqual(slices[2]["args"], {"step": 2, "op": 2, "source": "net.py:3", "again": False})
-        self.assertEqual([sum(e["args"].values()) for e in events["C"] if e["pid"] == 1], [6, 8, 2, 6])
-        self.assertEqual(
-            [sum(e["args"].values()) for e in events["C"] if e["pid"] == 2], list(total(eager_memory(graph)))
-        )
+        self.assertEqual([sum(e["args"].values()) for e in events["C"] if e["pid"] == 1], [6, 8, 2, 6, 6])
+        eager = list(total(eager_memory(graph)))
+        self.assertEqual([sum(e["args"].values()) for e in events["C"] if e["pid"] == 2], [*eager, eager[-1]])
+        self.assertEqual(events["C"][4]["ts"], 15_000_000)
         [begin], [end] = events["b"], events["e"]
         self.assertEqual((begin["name"], begin["ts"], end["ts"]), ("x is away", 3_000_000, 7_000_000))
+        self.assertEqual(begin["id2"], end["id2"])
+
+    def test_an_op_that_takes_no_time_has_a_slice_of_its_own(self) -> None:
+        path = self.folder / "plan.json"
+        graph = diamond()
+        draw(graph, planned(graph), path, seconds=[0.0] * len(graph.ops))
+        events = json.loads(path.read_text())["traceEvents"]
+        slices = [(e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["pid"] == 1]
+        self.assertEqual(slices, [(at, 1) for at in range(len(graph.ops))])
 
 
 class PageTest(FileTestCase):

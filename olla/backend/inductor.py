@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from olla.backend.joint import joint_of, require_fixed_sizes, schedule_of
 from olla.backend.kernels import ordered, peak_of
+from olla.backend.observed import Observed
 from olla.backend.split import split
 from olla.capture.costs import estimated_seconds
 from olla.errors import InfeasibleError
@@ -22,7 +24,7 @@ from olla.graph.plan import Plan
 from olla.order.schedule import schedule
 from olla.planning import Options
 from olla.run.emit import emit
-from olla.torch_private import Kernel, aot_backend, inductor_planned, is_tangent, min_cut, storage_key
+from olla.torch_private import Boxed, Kernel, aot_backend, inductor_planned, is_tangent, min_cut, storage_key
 
 __all__ = ["compiled_by_inductor"]
 
@@ -36,10 +38,22 @@ def compiled_by_inductor(module: fx.GraphModule, inputs: Sequence[Any], options:
 
     Without a budget, Inductor decides what forward saves. With one, its decision stands if it is within the budget
     even before anything is fused; if not, OLLA decides what is saved and what runs again. The order of kernels is
-    OLLA's where its peak is lower than that of Inductor's.
+    OLLA's where its peak is lower than that of Inductor's. A budget is estimated when the graph is compiled, and
+    held against what the second step allocates.
     """
-    planner = _Planner(options, *_budget(module, inputs, options))
-    return inductor_planned(module, inputs, planner.partition, planner.reorder)
+    budget, persistent = _budget(module, inputs, options)
+    planner = _Planner(options, budget, persistent)
+    watch = Observed(budget, persistent, _device_of(inputs)).part if budget is not None else _as_it_is
+    return inductor_planned(module, inputs, planner.partition, planner.reorder, watch)
+
+
+def _as_it_is(run: Boxed, _: bool) -> Boxed:
+    return run
+
+
+def _device_of(inputs: Sequence[Any]) -> torch.device:
+    devices = {value.device for value in inputs if isinstance(value, Tensor)}
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 class _TracedError(Exception):

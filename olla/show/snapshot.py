@@ -19,6 +19,8 @@ _PROTOCOL = 4  # the visualizer reads no later one
 
 Event = dict[str, Any]
 
+_FRAMES: list[Event] = [{"name": "the arena of the plan", "filename": "olla", "line": 0}]
+
 
 def write_snapshot(graph: Graph, plan: Plan, path: Path) -> None:
     """Write the step of ``plan`` for https://pytorch.org/memory_viz and ``torch/cuda/_memory_viz.py``.
@@ -33,7 +35,7 @@ def write_snapshot(graph: Graph, plan: Plan, path: Path) -> None:
     """
     blocks = placed_blocks(graph, plan)
     outside = [block for block in blocks if block.outside]
-    segments = [_segment(_ARENA, plan.arena_bytes, "inactive", [])] if plan.arena_bytes else []
+    segments = [_segment(_ARENA, plan.arena_bytes, "inactive", _FRAMES)] if plan.arena_bytes else []
     segments += [_segment(_address(b), b.size, "active_allocated", _frames(graph.ops[b.op])) for b in outside]
     created = [_event("segment_alloc", s["address"], s["total_size"], 0, s["frames"]) for s in segments]
     data = {
@@ -111,4 +113,4 @@ def _segment(address: int, size: int, state: str, frames: list[Event]) -> Event:
 
 def _frames(op: Op) -> list[Event]:
     file, _, line = op.source.rpartition(":")
-    return [{"name": op.name, "filename": file, "line": int(line) if line.isdigit() else 0}]
+    return [{"name": op.name, "filename": file or "unknown", "line": int(line) if line.isdigit() else 0}]

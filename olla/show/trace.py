@@ -43,8 +43,11 @@ def _process(
     spills: Sequence[Spill] = (),
 ) -> Iterator[Event]:
     yield {"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}
-    # Whole microseconds, so that no slice reaches into the next one when a viewer rounds.
-    times = [round(time * 1e6) for time in accumulate((seconds[op] for op in order), initial=0.0)]
+    # Whole microseconds, and at least one each: when a viewer rounds, no slice reaches into the next one, or lies in it.
+    times = [0]
+    for time in accumulate(seconds[op] for op in order):
+        times.append(max(times[-1] + 1, round(time * 1e6)))
+    bytes_: dict[str, int] = {}
     seen: set[int] = set()
     for step, op in enumerate(order):
         described = {"step": step, "op": op, "source": origin(graph.ops[op]), "again": op in seen}
@@ -53,7 +56,13 @@ def _process(
         yield {"ph": "X", "dur": times[step + 1] - times[step], "args": described, **at}
         bytes_ = {kind.value: sizes[step] for kind, sizes in memory.items()}
         yield {"ph": "C", "name": "memory", "pid": number, "ts": times[step], "args": bytes_}
+    yield {"ph": "C", "name": "memory", "pid": number, "ts": times[-1], "args": bytes_}
     for index, (storage, start, end) in enumerate(spills):
-        away = {"name": f"{graph.storages[storage].name} is away", "cat": "spilled", "pid": number, "id": index}
+        away = {
+            "name": f"{graph.storages[storage].name} is away",
+            "cat": "spilled",
+            "pid": number,
+            "id2": {"local": index},
+        }
         yield {"ph": "b", "ts": times[start], **away}
         yield {"ph": "e", "ts": times[end], **away}
