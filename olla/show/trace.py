@@ -43,7 +43,7 @@ def _process(
     spills: Sequence[Spill] = (),
 ) -> Iterator[Event]:
     yield {"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}
-    # Whole microseconds, and at least one each: when a viewer rounds, no slice reaches into the next one, or lies in it.
+    # Whole microseconds, and at least one each: when a viewer rounds, no slice reaches into another one.
     times = [0]
     for time in accumulate(seconds[op] for op in order):
         times.append(max(times[-1] + 1, round(time * 1e6)))
