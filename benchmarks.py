@@ -318,7 +318,9 @@ def _run_contests(options: argparse.Namespace, command: str) -> list[Result]:
         subject = subjects[name]
         if (name, mode) not in {(result.model, result.mode) for result in results}:
             entering = backends(mode) if options.compile else contenders(subject.budgets)
-            results += show_contest(f"{name}, {mode}", subject, entering, partial(Result, name, mode, **made))
+            result_of = partial(Result, name, mode, **made)
+            rounds = 3 if options.compile else 9  # of taking times: the page has them for peers alone
+            results += show_contest(f"{name}, {mode}", subject, entering, result_of, rounds)
             write_log(results, log_path)
     also = ""
     if options.peers:

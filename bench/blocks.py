@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from statistics import mean, median
 
 from bench import cells
@@ -40,7 +41,7 @@ _ON_GPU: Columns[Row] = {
     "step time": lambda row: cells.factor(row.time_ratio),
 }
 _WITHIN: Columns[Row] = {
-    **{name: text for name, text in _ON_GPU.items() if name not in ("step time", "mode")},
+    **{name: text for name, text in _ON_GPU.items() if name != "step time"},
     "operators again": lambda row: cells.number(row.recomputed),
     "spilled": lambda row: f"{cells.mebibytes(row.spilled_bytes)} MiB" if row.spilled_bytes else "-",
     "step time": _ON_GPU["step time"],
@@ -164,19 +165,21 @@ def peers(results: Sequence[Result]) -> str:
     OllaError
         If OLLA took part in none of the budgets.
     """
-    found = {(result.model, result.contender): result for result in results}
-    models = distinct(result.model for result in results)
-    names = [*_SHOWN, *distinct(result.contender for result in results if result.contender.startswith(OLLA))]
-    columns: Columns[str] = {"contender": lambda name: f"**{name}**" if name.startswith(OLLA) else name}
-    for model in models:
-        columns = {**columns, model: lambda name, model=model: _point(found.get((model, name)))}
+    by_model = {model: [one for one in results if one.model == model] for model in distinct(r.model for r in results)}
+    lines = [(name, [_named(name, of_model) for of_model in by_model.values()]) for name in _SHOWN]
+    ours = [[one for one in of_model if one.contender.startswith(OLLA)] for of_model in by_model.values()]
+    for at, points in enumerate(zip_longest(*ours)):
+        lines.append((f"**{OLLA}**, {'within a budget' if at else 'order alone'}", list(points)))
+    columns: dict[str, Callable[[tuple[str, list[Result | None]]], str]] = {"contender": lambda line: line[0]}
+    for at, model in enumerate(by_model):
+        columns[model] = lambda line, at=at: _point(line[1][at])
     planned = [result for result in results if result.extra]
     if not planned:
         raise OllaError("the log of peers has no plan within a budget: run benchmarks.py --peers first")
     loosest = max(planned, key=_slack)
     seconds = [result.planning_seconds or 0.0 for result in planned]
     return f"""\
-{markdown(columns, names)}
+{markdown(columns, lines)}
 
 {
         _PEERS.format(
@@ -189,6 +192,10 @@ def peers(results: Sequence[Result]) -> str:
             slowest=max(seconds),
         )
     } ({origin(results)})"""
+
+
+def _named(name: str, results: Sequence[Result]) -> Result | None:
+    return next((result for result in results if result.contender == name), None)
 
 
 def _point(result: Result | None) -> str:

@@ -23,7 +23,6 @@ from olla.measure.measurement import peak_of
 
 _COMPARED_STEPS = 2
 _WARM_UPS = 4  # more, until caches are filled and addresses found
-_ROUNDS = 9
 
 
 @dataclass
@@ -54,12 +53,16 @@ Contenders = Mapping[str, Sequence[Change]]  # what each does to its training, b
 
 
 def compete(
-    subject: Subject, contenders: Contenders, result_of: Callable[[str], Result], tell: Callable[[str], None]
+    subject: Subject,
+    contenders: Contenders,
+    result_of: Callable[[str], Result],
+    tell: Callable[[str], None],
+    rounds: int,
 ) -> list[Result]:
     """Train the subject with every contender; ``result_of`` makes its result, ``tell`` is told what is going on.
 
     All train copies of their own. A contender that fails has its error in its result; if that is eager PyTorch,
-    there is nothing to compare with, and its result is the only one.
+    there is nothing to compare with, and its result is the only one. Times are taken in so many ``rounds``.
     """
     torch.compiler.reset()
     results: list[Result] = []
@@ -88,7 +91,7 @@ def compete(
         if expected is None:
             break
     tell("taking the times")
-    _time(steps, results)
+    _time(steps, results, rounds)
     for result in results:
         if step := planned.get(result.contender):
             _note(result, step.plan, results[0].step_seconds or 1.0)
@@ -123,14 +126,14 @@ def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-def _time(steps: dict[str, Step], results: list[Result]) -> None:
+def _time(steps: dict[str, Step], results: list[Result], rounds: int) -> None:
     """Every step in each round, in an order drawn anew, so that what else the machine does meets all alike.
 
     It runs twice, and the second time counts: in a loop, a step follows one of its own kind, whose memory is at hand.
     """
     draw = random.Random(0)
     seconds: dict[str, list[float]] = {contender: [] for contender in steps}
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for contender in draw.sample(list(steps), len(steps)):
             steps[contender]()
             started = time.perf_counter()
@@ -144,7 +147,7 @@ def _time(steps: dict[str, Step], results: list[Result]) -> None:
 
 
 def show_contest(
-    name: str, subject: Subject, contenders: Contenders, result_of: Callable[[str], Result]
+    name: str, subject: Subject, contenders: Contenders, result_of: Callable[[str], Result], rounds: int
 ) -> list[Result]:
     """Run the contest of this name, say how far it is, and print its table."""
     from rich.console import Console
@@ -155,7 +158,7 @@ def show_contest(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name)
         results = compete(
-            subject, contenders, result_of, lambda what: progress.update(task, description=f"{name}: {what}")
+            subject, contenders, result_of, lambda what: progress.update(task, description=f"{name}: {what}"), rounds
         )
     console.print(_table(name, results))
     gc.collect()

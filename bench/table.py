@@ -13,7 +13,7 @@ from bench.row import Row
 T = TypeVar("T")
 Columns = Mapping[str, Callable[[T], str]]  # the text of each cell, by the name of its column
 
-_TEXT = ("model", "mode", "form", "solver", "status", "error")
+_TEXT = ("model", "mode", "form", "solver", "status", "contender", "error")
 _EMPTY = ("", "-")
 _COLUMNS: Columns[Row] = {
     "model": lambda row: row.model,

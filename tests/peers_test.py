@@ -189,4 +189,4 @@ class BackendsTest(ContestTestCase):
         text = "\n".join(page._backends(results))
         self.assertIn("| model | eager PyTorch | aot_eager | olla |", text)
         self.assertIn(f"| {peaks['olla'] / 2**20:,.1f} |", text)
-        self.assertIn("4 of 4 models compiled with OLLA", text)
+        self.assertIn("Of 4 runs compiled with OLLA, 4 had the numbers of eager PyTorch", text)
