@@ -148,10 +148,9 @@ def _backends(results: Sequence[Result]) -> list[str]:
     others = [result for result in planned if not result.same_numbers]
     excused = sum(not theirs[result.model, result.mode].same_numbers for result in others)
     parts = ["## torch.compile, by backend", _COMPILED.format(min(batches), max(batches), BUDGET)]
-    parts += [
-        f"Of {len(planned)} runs compiled with OLLA, {len(planned) - len(others)} had the numbers of eager PyTorch, bit "
-        f"for bit, and {excused} are of models whose numbers `aot_eager` changes, too. {origin(results)}"
-    ]
+    same = f"{len(planned) - len(others)} had the numbers of eager PyTorch, bit for bit"
+    why = f"{excused} are of models whose numbers `aot_eager` changes, too"
+    parts += [f"Of {len(planned)} runs compiled with OLLA, {same}, and {why}. {origin(results)}"]
     for mode, title in (("train", "Training"), ("eval", "Inference")):
         if of_mode := [result for result in results if result.mode == mode]:
             found = {(result.model, result.contender): result for result in of_mode}

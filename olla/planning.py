@@ -41,6 +41,7 @@ __all__ = [
     "Draft",
     "Options",
     "addressed",
+    "budget_of",
     "capture",
     "closest",
     "draft",
@@ -216,7 +217,7 @@ def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options,
     if not reorder or not _is_better(graph, found, plan, seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
-        if options.memory_budget is not None and graph.persistent_bytes + peak > _budget(graph, options):
+        if options.memory_budget is not None and graph.persistent_bytes + peak > budget_of(graph, options):
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
         found = replace(
             found,
@@ -255,7 +256,7 @@ def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[floa
     if options.memory_budget is None:
         return found.peak_bytes < peak
     extra = _extra_seconds(graph, plan, seconds, options)
-    return graph.persistent_bytes + peak > _budget(graph, options) or found.extra_seconds < _FASTER * extra
+    return graph.persistent_bytes + peak > budget_of(graph, options) or found.extra_seconds < _FASTER * extra
 
 
 def _extra_seconds(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options) -> float:
@@ -416,7 +417,7 @@ def _planned(
         plan = search()
         verify(graph, plan)
         return plan
-    budget = None if options.memory_budget is None else _budget(graph, options)
+    budget = None if options.memory_budget is None else budget_of(graph, options)
     times = None if budget is None else digest([seconds, _bandwidth(options)])
     key = _key(graph, options, what, start, budget)
 
@@ -458,7 +459,7 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
                 found = improved_order(graph, found, solver=options.solver, time_limit=options.time_limit)
     if options.memory_budget is None:
         return found
-    budget, persistent = _budget(graph, options), graph.persistent_bytes
+    budget, persistent = budget_of(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
             limit, bandwidth = options.time_limit * _FITTING, _bandwidth(options)
@@ -476,7 +477,7 @@ def _bandwidth(options: Options) -> Bandwidth | None:
     return None if options.spill_dir is None else measured_bandwidth(options.spill_dir)
 
 
-def _budget(graph: Graph, options: Options) -> int:
+def budget_of(graph: Graph, options: Options) -> int:
     """What the step may hold at once, with what lives across steps."""
     assert options.memory_budget is not None
     return bytes_of(options.memory_budget, graph.persistent_bytes + eager_peak_bytes(graph))

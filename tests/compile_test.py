@@ -399,6 +399,29 @@ class Budgets(CompiledTestCase):
             self.assert_same(planned.state_dict(), eager.state_dict(), f"state after step {number}")
         self.assertLess(self.peak_of(step), self.peak_of(eager_step))
 
+    def test_what_convolutions_need_while_they_run_counts(self) -> None:
+        """A deep layer of few pixels: beside its gradient, oneDNN copies that of the weight, which is large."""
+        layers = [nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Tanh()) for _ in range(4)]
+        model, x = nn.Sequential(*layers), torch.randn(2, 64, 14, 14)
+        optimizer = sgd(model.parameters())
+
+        def step() -> None:
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+
+        state = 3 * sum(parameter.nbytes for parameter in model.parameters())  # gradients, momentum, and the weights
+        persistent = x.nbytes + state * 2 // 3 + sum(buffer.nbytes for buffer in model.buffers())
+        budget = persistent + 900_000
+        options = {"memory_budget": budget, "optimizer": optimizer}
+        net = torch.compile(model, backend=olla, options=options)
+        with self.assertNoLogs("olla", "WARNING"):
+            step()
+        for _ in range(4):
+            step()
+        peak, _ = peak_of(step, torch.device("cpu"))
+        self.assertLessEqual(persistent + peak, budget + 64)  # the loss
+
     def test_what_cannot_be_kept_is_a_warning_that_names_the_smallest_budget(self) -> None:
         model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), torch.randn(4, 8)
         compiled = torch.compile(model, backend=olla, options={"memory_budget": "1B"})

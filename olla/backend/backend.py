@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from olla.backend.joint import Joint, joint_of, require_fixed_sizes, schedule_of
 from olla.backend.optimizer import BackwardOptimizer
 from olla.backend.split import split
 from olla.backend.updates import insert_updates
+from olla.backend.workspaces import with_measured_workspaces
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
@@ -106,6 +108,8 @@ class _Planner:
         if self._optimizer is not None:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
         joint = joint_of(module, num_fwd_outputs)
+        if self._options.memory_budget is not None:
+            joint = replace(joint, lowered=with_measured_workspaces(joint.lowered))
         found = self._planned(joint, parts)
         plan = Plan.of(joint.lowered.graph, found)
         verify(joint.lowered.graph, plan)

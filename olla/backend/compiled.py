@@ -8,6 +8,7 @@ most of what is there in the end: those that were gone before the next forward a
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,15 @@ from olla.capture.lower import Lowered, tensors_of
 from olla.errors import InvalidPlanError, OllaError
 from olla.graph.lifetimes import peak_bytes
 from olla.graph.plan import Plan
-from olla.planning import Options, addressed, measured
+from olla.planning import Options, addressed, budget_of, measured
 from olla.replaying import Replaying, watch_of
 from olla.run.arena import Arena, Recorder
 from olla.run.recording import Recording
 from olla.torch_private import Boxed, boxed, flatten, marked_as_boxed
 
 __all__ = ["CompiledGraph"]
+
+log = logging.getLogger(__name__)
 
 _FAILURES = 3  # recordings that are of no use, before addresses are given up
 
@@ -172,10 +175,18 @@ class CompiledGraph(Replaying):
         recording = self._with_results(recording, attempt)
         graph = measured(self._lowered.graph, self._plan, recording)
         peak = peak_bytes(graph, self._plan.order)
+        self._say_if_exceeded(graph.persistent_bytes + peak)
         schedule = replace(self._plan.schedule, peak_bytes=peak, lower_bound_bytes=0)
         plan, offsets = addressed(graph, Plan.of(graph, schedule), recording, self._options, self.arena.alignment)
         self._told = [boxed(module) for module in self._emitted(tell=self._clock.tell)]
         self._replay(plan, recording, offsets)
+
+    def _say_if_exceeded(self, needed: int) -> None:
+        """A budget that cannot be kept was said to be so when it was planned for."""
+        if self._parts > 1 and self._options.memory_budget is not None:
+            planned = self._lowered.graph.persistent_bytes + self._plan.peak_bytes
+            if needed > max(planned, budget_of(self._lowered.graph, self._options)):
+                log.warning("forward and backward hold %s bytes, more than their budget", f"{needed:,}")
 
     def _with_results(self, recording: Recording, attempt: _Attempt) -> Recording:
         """Results are the caller's, and outlive the step; but for gradients that have not, unless that went wrong."""

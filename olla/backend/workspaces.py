@@ -1,0 +1,75 @@
+"""What convolutions hold while they run, found out by running them: a budget is kept only if that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from olla.capture.lower import Lowered
+from olla.run import native
+from olla.run.arena import Clock, Recorder
+from olla.run.recording import Recording
+from olla.torch_private import flatten, real_tensors
+
+__all__ = ["with_measured_workspaces"]
+
+_MEASURED = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+    torch.ops.aten.native_batch_norm_backward.default,
+)
+
+
+def with_measured_workspaces(lowered: Lowered) -> Lowered:
+    """The graph, with what each convolution has allocated besides its results, on tensors like those of the step.
+
+    Each kind of call runs once. Without a C++ compiler, the estimates stay.
+    """
+    found: dict[Hashable, int] = {}
+    ops = list(lowered.graph.ops)
+    for index, node in enumerate(lowered.nodes):
+        if node.target in _MEASURED:
+            key = (node.target, *map(_kind, _arguments(node)))
+            if key not in found:
+                try:
+                    found[key] = _workspace_bytes(node)
+                except native.NativeUnavailableError:
+                    return lowered
+            ops[index] = replace(ops[index], workspace=found[key])
+    return replace(lowered, graph=replace(lowered.graph, ops=tuple(ops)))
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """Of a call, with the values that were traced in place of nodes."""
+    leaves, _ = flatten(fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"]))
+    return leaves
+
+
+def _kind(argument: Any) -> Hashable:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return str(argument)
+
+
+def _workspace_bytes(node: fx.Node) -> int:
+    device = next(argument.device for argument in _arguments(node) if isinstance(argument, Tensor))
+    recorder = Recorder(native.load(device.type), Clock())
+    assert callable(node.target)
+    with real_tensors(), torch.no_grad():
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: _like(argument.meta["val"]))
+        with recorder:
+            results = node.target(*args, **kwargs)
+        leaves, _ = flatten(results)
+        kept = sum(leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, Tensor))
+    return max(0, max(Recording.of(recorder.events, {}).peaks.values(), default=0) - kept)
+
+
+def _like(value: Any) -> Any:
+    """A tensor of zeros for a traced one."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
