@@ -42,6 +42,7 @@ _ON_GPU: Columns[Row] = {
 }
 _WITHIN: Columns[Row] = {
     **{name: text for name, text in _ON_GPU.items() if name != "step time"},
+    "may spill": lambda row: cells.truth("--spilling" in row.options),
     "operators again": lambda row: cells.number(row.recomputed),
     "spilled": lambda row: f"{cells.mebibytes(row.spilled_bytes)} MiB" if row.spilled_bytes else "-",
     "step time": _ON_GPU["step time"],

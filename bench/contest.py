@@ -66,8 +66,7 @@ def compete(
     """
     torch.compiler.reset()
     results: list[Result] = []
-    steps: dict[str, Step] = {}
-    planned: dict[str, olla.Step | None] = {}
+    trainings: dict[str, Training] = {}  # that work
     expected: Numbers | None = None
     for contender, changes in contenders.items():
         tell(contender)
@@ -86,14 +85,13 @@ def compete(
             result.peak_bytes, _ = peak_of(training.step, torch.device("cpu"))
             result.persistent_bytes = training.persistent_bytes()
             result.saving = 1 - result.peak_bytes / (results[0].peak_bytes or result.peak_bytes)
-            steps[contender] = training.step
-            planned[contender] = training.planned
+            trainings[contender] = training
         if expected is None:
             break
     tell("taking the times")
-    _time(steps, results, rounds)
+    _time({contender: training.step for contender, training in trainings.items()}, results, rounds)
     for result in results:
-        if step := planned.get(result.contender):
+        if result.contender in trainings and (step := trainings[result.contender].planned):
             _note(result, step.plan, results[0].step_seconds or 1.0)
     return results
 

@@ -30,7 +30,8 @@ class Evidence:
     @property
     def failed(self) -> list[Row]:
         """Rows of the whole evaluation that have an error instead of figures."""
-        return [row for row in self.rows if row.error and row.wanted_saving is None and not row.form]
+        on_cpu = (row for row in self.rows if row.device != "cuda" and row.wanted_saving is None and not row.form)
+        return [row for row in on_cpu if row.error]
 
     def measured(self, device: str = "cpu", *, tuned: bool = False) -> list[Row]:
         """Rows that ran without a budget, with a tuned malloc or without."""

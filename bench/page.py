@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from bench import cells
-from bench.backends import BUDGET, COMPILED
+from bench.backends import BUDGET, COMPILED, WITHIN
 from bench.contest import Result
 from bench.evidence import Evidence, distinct, origin
 from bench.peers import EAGER
@@ -159,9 +159,8 @@ def _backends(results: Sequence[Result]) -> list[str]:
             for name in distinct(result.contender for result in of_mode):
                 columns[name] = lambda model, found=found, name=name: _peak(found.get((model, name)))
             if mode == "train":
-                last = of_mode[-1].contender
-                columns["held then, of eager's"] = lambda model, found=found, last=last: _held(
-                    found.get((model, last)), found.get((model, EAGER))
+                columns["held then, of eager's"] = lambda model, found=found: _held(
+                    found.get((model, WITHIN)), found.get((model, EAGER))
                 )
             parts += [f"### {title}", markdown(columns, distinct(result.model for result in of_mode))]
     return parts

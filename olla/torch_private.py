@@ -385,6 +385,8 @@ def inductor_planned(
 
     def compiled_inside(*args: Any, is_backward: bool = False, **kwargs: Any) -> Any:
         part: Any = compile_fx_inner(*args, is_backward=is_backward, **kwargs)
+        if not hasattr(part, "current_callable"):  # a function: there was nothing to compile
+            return marked_as_boxed(observed(part, is_backward))
         part.current_callable = observed(part.current_callable, is_backward)
         return part
 

@@ -60,6 +60,7 @@ class EvidenceTest(unittest.TestCase):
             simulated("resnet18", gap=1e-6, half_extra=0.04, planning_seconds=1.5),
             simulated("vgg11", simulated_fragmentation=0.002, inductor_dfs_bytes=40),
             row("gpt2", None, error="ValueError: no"),
+            row("gpt2", "cuda", error="ValueError: no GPU"),
         ]
         text = " ".join(blocks.orders(Evidence(rows)).split())
         for said in (
@@ -108,7 +109,9 @@ class EvidenceTest(unittest.TestCase):
         short, whole = blocks.gpu_in_short(Evidence(rows)), blocks.gpu(Evidence(rows))
         self.assertIn("| gpt2 | 1 | train | 75 % | 8.0 MiB | 2.0 MiB | 75.0% | yes | 0.50 x |", short)
         self.assertNotIn("50 %", short)
-        self.assertIn("| gpt2 | 1 | train | 50 % | 8.0 MiB | 2.0 MiB | 75.0% | yes | 5 | 3.0 MiB | 0.50 x |", whole)
+        self.assertIn(
+            "| gpt2 | 1 | train | 50 % | 8.0 MiB | 2.0 MiB | 75.0% | yes | yes | 5 | 3.0 MiB | 0.50 x |", whole
+        )
         self.assertIn("| gpt2 | 1 | 6.0 MiB | 5.0 MiB | 4.0 MiB |", whole)
 
     def test_what_the_logs_do_not_hold_stays_as_it_was(self) -> None:

@@ -263,6 +263,22 @@ class Models(CompiledTestCase):
             self.check(model, lambda net: net(x).square().mean(), None, 0.3)
         self.assertIn("Inductor's kernels need", logs.output[0])
 
+    def test_a_backward_that_has_nothing_to_do(self) -> None:
+        weight = nn.Parameter(torch.zeros(4))
+
+        def forward(x: Tensor) -> Tensor:
+            return x + weight
+
+        for budget in (None, 0.6):
+            with self.subTest(budget):
+                torch._dynamo.reset()
+                options = {"codegen": "inductor", "memory_budget": budget}
+                compiled = torch.compile(forward, backend=olla, options=options)
+                for _ in range(3):
+                    compiled(torch.randn(4)).sum().backward()
+                    self.assertTrue(torch.equal(weight.grad, torch.ones(4)))
+                    weight.grad = None
+
     def test_inference(self) -> None:
         model, x = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)).eval(), torch.randn(8, 16)
         compiled = torch.compile(model, backend="olla", options={"codegen": "inductor", "memory_budget": 0.6})

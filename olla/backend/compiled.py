@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from olla.backend.joint import boundary
+from olla.backend.joint import boundary, device_of
 from olla.capture.lower import Lowered, tensors_of
 from olla.errors import InvalidPlanError, OllaError
 from olla.graph.lifetimes import peak_bytes
@@ -71,7 +70,7 @@ class CompiledGraph(Replaying):
         forward_outputs: int,
         options: Options,
     ) -> None:
-        super().__init__(Arena(_device_of(lowered)), options)
+        super().__init__(Arena(device_of(flatten([node.meta.get("val") for node in lowered.nodes])[0])), options)
         self._lowered, self._plan, self._emitted = lowered, plan, emitted
         self._forward_outputs = forward_outputs
         self._options = options
@@ -207,10 +206,3 @@ class CompiledGraph(Replaying):
 def _addresses(values: Iterable[object]) -> set[int]:
     """Where the bytes of the tensors among ``values`` are."""
     return {part.untyped_storage().data_ptr() for part in tensors_of([*values])}
-
-
-def _device_of(lowered: Lowered) -> torch.device:
-    """Where ops create tensors; where that is the CPU and another device, the other one."""
-    leaves, _ = flatten([node.meta.get("val") for node in lowered.nodes])
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from olla.backend.joint import joint_of, require_fixed_sizes, schedule_of
+from olla.backend.joint import device_of, joint_of, require_fixed_sizes, schedule_of
 from olla.backend.kernels import ordered, peak_of
 from olla.backend.observed import Observed
 from olla.backend.split import split
@@ -43,17 +42,12 @@ def compiled_by_inductor(module: fx.GraphModule, inputs: Sequence[Any], options:
     """
     budget, persistent = _budget(module, inputs, options)
     planner = _Planner(options, budget, persistent)
-    watch = Observed(budget, persistent, _device_of(inputs)).part if budget is not None else _as_it_is
+    watch = Observed(budget, persistent, device_of(inputs)).part if budget is not None else _as_it_is
     return inductor_planned(module, inputs, planner.partition, planner.reorder, watch)
 
 
 def _as_it_is(run: Boxed, _: bool) -> Boxed:
     return run
-
-
-def _device_of(inputs: Sequence[Any]) -> torch.device:
-    devices = {value.device for value in inputs if isinstance(value, Tensor)}
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 class _TracedError(Exception):

@@ -8,10 +8,11 @@ boundary is what forward saves. What runs again after it is not saved.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import SymInt, Tensor, fx
 
 from olla.backend.updates import is_update, op_of_update
@@ -23,7 +24,7 @@ from olla.graph.lifetimes import peak_bytes
 from olla.graph.plan import Schedule
 from olla.torch_private import flatten, is_tangent, storage_key
 
-__all__ = ["Joint", "boundary", "joint_of", "require_fixed_sizes", "schedule_of"]
+__all__ = ["Joint", "boundary", "device_of", "joint_of", "require_fixed_sizes", "schedule_of"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def _descendants(graph: Graph, op: int) -> list[bool]:
     for index, before in enumerate(graph.predecessors):
         found[index] = op in before or any(found[other] for other in before)
     return found
+
+
+def device_of(values: Iterable[object]) -> torch.device:
+    """Where the tensors among ``values`` are; where that is the CPU and another device, the other one."""
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def require_fixed_sizes(module: fx.GraphModule) -> None:

@@ -34,7 +34,7 @@ class Observed:
         self._budget = budget
         self._persistent = persistent
         self._device = device.type
-        self._forwards = 0
+        self._is_warm = False
         self._waiting = 0  # forwards whose backward has not run
         self._recorder: Recorder | None = None
         self._is_over = False
@@ -44,7 +44,10 @@ class Observed:
         """What runs forward or backward: ``run``, and a look at it."""
 
         def observed(inputs: list[Any]) -> Any:
-            if self._is_over or not self._one_at_a_time.acquire(blocking=False):
+            if self._is_over:
+                return run(inputs)
+            if not self._one_at_a_time.acquire(blocking=False):
+                self._is_over = True  # several threads at once: whose bytes are whose?
                 return run(inputs)
             try:
                 return self._backward(run, inputs) if is_backward else self._forward(run, inputs)
@@ -54,10 +57,11 @@ class Observed:
         return marked_as_boxed(observed)
 
     def _forward(self, run: Boxed, inputs: list[Any]) -> Any:
-        self._forwards += 1
-        self._waiting += 1
-        self._drop()
-        if self._forwards == 1 or self._waiting > 1:
+        if self._recorder is not None:  # its backward did not come
+            self._recorder.abandon()
+            self._recorder = None
+        is_alone, self._waiting = self._waiting == 0, self._waiting + 1
+        if not (self._is_warm and is_alone):
             return run(inputs)
         try:
             recorder = Recorder(native.load(self._device), Clock(), parts=2)
@@ -70,14 +74,15 @@ class Observed:
         return result
 
     def _backward(self, run: Boxed, inputs: list[Any]) -> Any:
-        self._waiting -= 1
+        self._is_warm = True
+        self._waiting = max(0, self._waiting - 1)  # with retain_graph, there are more backwards than forwards
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return run(inputs)
         with recorder:
             result = run(inputs)
         self._is_over = True
-        needed = self._persistent + max(Recording.of(recorder.events, {}).peaks.values(), default=0)
+        needed = self._persistent + Recording.of(recorder.events, {}).peak_bytes
         if needed > self._budget:
             log.warning(
                 "a step with Inductor's kernels held %s bytes, more than the budget of %s",
@@ -85,9 +90,3 @@ class Observed:
                 f"{self._budget:,}",
             )
         return result
-
-    def _drop(self) -> None:
-        """Forget a recording whose backward did not come."""
-        if self._recorder is not None:
-            self._recorder.abandon()
-            self._recorder = None

@@ -1,4 +1,4 @@
-"""What convolutions hold while they run, found out by running them: a budget is kept only if that is known."""
+"""What convolutions and batch norms hold while they run, found out by running them: a budget needs that to be kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MEASURED = (
 
 
 def with_measured_workspaces(lowered: Lowered) -> Lowered:
-    """The graph, with what each convolution has allocated besides its results, on tensors like those of the step.
+    """The graph, with what each of these calls has allocated besides its results, on tensors like those of the step.
 
     Each kind of call runs once. Without a C++ compiler, the estimates stay.
     """
@@ -56,6 +56,7 @@ def _kind(argument: Any) -> Hashable:
 
 
 def _workspace_bytes(node: fx.Node) -> int:
+    """Of one call, on tensors of its own, though a fake tensor mode may be on, as in AOTAutograd's partitioner."""
     device = next(argument.device for argument in _arguments(node) if isinstance(argument, Tensor))
     recorder = Recorder(native.load(device.type), Clock())
     assert callable(node.target)
@@ -65,7 +66,7 @@ def _workspace_bytes(node: fx.Node) -> int:
             results = node.target(*args, **kwargs)
         leaves, _ = flatten(results)
         kept = sum(leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, Tensor))
-    return max(0, max(Recording.of(recorder.events, {}).peaks.values(), default=0) - kept)
+    return max(0, Recording.of(recorder.events, {}).peak_bytes - kept)
 
 
 def _like(value: Any) -> Any:

@@ -29,6 +29,11 @@ class Recording:
     storages: Mapping[int, tuple[int, int]]  # allocation -> position in the order, and the storage that it holds
     peaks: Mapping[int, int]  # position in the order -> most bytes alive while that op ran
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once, of what the run has allocated."""
+        return max(self.peaks.values(), default=0)
+
     @classmethod
     def of(cls, events: Iterable[tuple[int, int, int, int]], seen: Mapping[tuple[int, int], int]) -> Recording:
         """From events (id, position, size or -1, address), and from what each op created.

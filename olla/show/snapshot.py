@@ -19,7 +19,7 @@ _PROTOCOL = 4  # the visualizer reads no later one
 
 Event = dict[str, Any]
 
-_FRAMES: list[Event] = [{"name": "the arena of the plan", "filename": "olla", "line": 0}]
+_ARENA_FRAMES: list[Event] = [{"name": "the arena of the plan", "filename": "olla", "line": 0}]
 
 
 def write_snapshot(graph: Graph, plan: Plan, path: Path) -> None:
@@ -35,7 +35,7 @@ def write_snapshot(graph: Graph, plan: Plan, path: Path) -> None:
     """
     blocks = placed_blocks(graph, plan)
     outside = [block for block in blocks if block.outside]
-    segments = [_segment(_ARENA, plan.arena_bytes, "inactive", _FRAMES)] if plan.arena_bytes else []
+    segments = [_segment(_ARENA, plan.arena_bytes, "inactive", _ARENA_FRAMES)] if plan.arena_bytes else []
     segments += [_segment(_address(b), b.size, "active_allocated", _frames(graph.ops[b.op])) for b in outside]
     created = [_event("segment_alloc", s["address"], s["total_size"], 0, s["frames"]) for s in segments]
     data = {
