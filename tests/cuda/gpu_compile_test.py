@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import unittest
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +12,8 @@ from unittest import mock
 import torch
 import torchvision
 import transformers
-from eager import EagerTestCase, sgd
+from deterministic import GpuTestCase
+from eager import sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,22 +23,16 @@ from olla.backend.backend import olla
 from olla.backend.compiled import CompiledGraph
 
 transformers.logging.set_verbosity_error()
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products need
 CLASSES, BATCH, TOKENS = 10, 16, 101
 STEPS = 6  # a warm-up, a recording, and some at planned addresses
 
 Call = Callable[[nn.Module], Tensor]
 
 
-@unittest.skipUnless(torch.cuda.is_available(), "needs a GPU and a CUDA build of PyTorch")
-class GpuCompileTest(EagerTestCase):
+class GpuCompileTest(GpuTestCase):
     def setUp(self) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        torch.set_default_device("cuda")
-        self.addCleanup(torch.set_default_device, None)
+        super().setUp()
         self.addCleanup(torch._dynamo.reset)
-        torch.manual_seed(0)
 
     def train(self, model: nn.Module, call: Call, *, updates_inside: bool = False, **compiling: Any) -> Any:
         """Losses and final state of some steps, and the most bytes at once in forward and backward of the last one."""

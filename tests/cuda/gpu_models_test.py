@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import unittest
 from typing import Any
 
 import torch
 import torchvision
 import transformers
-from eager import EagerTestCase
+from deterministic import GpuTestCase
 from torch import Tensor
 
 import olla
 from bench.models import classification_loss
 
 transformers.logging.set_verbosity_error()
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products need
 CLASSES, BATCH, TOKENS = 10, 4, 101
 
 
-@unittest.skipUnless(torch.cuda.is_available(), "needs a GPU and a CUDA build of PyTorch")
-class GpuModelsTest(EagerTestCase):
-    def setUp(self) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        torch.set_default_device("cuda")
-        self.addCleanup(torch.set_default_device, None)
-        torch.manual_seed(0)
-
+class GpuModelsTest(GpuTestCase):
     def check_images(self, name: str, side: int = 64, **options: Any) -> None:
         model = getattr(torchvision.models, name)(weights=None, num_classes=CLASSES, **options)
 
