@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="olla")`` on a GPU: equal to eager PyTorch bit by bit, in arenas, in less memory."""
+"""``torch.compile(model, backend="olla")`` on a GPU: the bits of ``backend="aot_eager"``, in arenas, in less memory."""
 
 from __future__ import annotations
 
