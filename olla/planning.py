@@ -57,7 +57,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 1 / 3  # of the time limit
+_FITTING = 1 / 6  # of the time limit, each time
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
@@ -213,7 +213,7 @@ def with_workspaces(
 
 def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options, reorder: bool) -> Plan:
     """The plan of a step that was recorded, for what its graph has turned out to be, or a better one."""
-    found = closest(graph, seconds, options)
+    found = closest(graph, seconds, options, plan.schedule)
     if not reorder or not _is_better(graph, found, plan, seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
@@ -448,7 +448,8 @@ def _is_best(plan: Plan, options: Options) -> bool:
     return options.solver is None and plan.status == "optimal" and is_dense and is_free
 
 
-def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
+def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None) -> Schedule:
+    """The order that the options ask for; within a budget, ``known`` is where the search begins, too."""
     if not options.reorder:
         found = program_order(graph)
     else:
@@ -463,7 +464,8 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options) -> Schedu
     with stage("fitting the budget", options.progress):
         try:
             limit, bandwidth = options.time_limit * _FITTING, _bandwidth(options)
-            return fitted(graph, found, seconds, max(0, budget - persistent), bandwidth=bandwidth, time_limit=limit)
+            room = max(0, budget - persistent)
+            return fitted(graph, found, seconds, room, bandwidth=bandwidth, known=known, time_limit=limit)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"the step does not fit into {budget:,} bytes, of which {persistent:,} live across steps: {error}; "
@@ -483,13 +485,13 @@ def budget_of(graph: Graph, options: Options) -> int:
     return bytes_of(options.memory_budget, graph.persistent_bytes + eager_peak_bytes(graph))
 
 
-def closest(graph: Graph, seconds: Sequence[float], options: Options) -> Schedule:
+def closest(graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None) -> Schedule:
     """What keeps to the budget, if there is one, or comes closest to it: training that has begun goes on."""
     try:
-        return _ordered(graph, seconds, options)
+        return _ordered(graph, seconds, options, known)
     except InfeasibleError as error:
         log.warning("%s, and is kept instead", error)
-        return _ordered(graph, seconds, replace(options, memory_budget=error.best_bytes))
+        return _ordered(graph, seconds, replace(options, memory_budget=error.best_bytes), known)
 
 
 def _placed(graph: Graph, plan: Plan, options: Options) -> Plan:

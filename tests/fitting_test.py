@@ -8,6 +8,7 @@ import unittest
 from collections.abc import Iterator
 from itertools import islice, pairwise
 
+import numpy as np
 from fit_form_test import chain, least_bytes
 from graphs import diamond
 from ilp_test import random_graph
@@ -17,6 +18,7 @@ from olla import Graph, InfeasibleError, Op, Plan, Schedule, Storage
 from olla.fit.fitting import Fitting, fitted
 from olla.fit.frontier import frontier
 from olla.fit.program import as_sequence, completed, program_of, simulated
+from olla.fit.repair import is_needed, peak_of, uses_in
 from olla.fit.spill import Bandwidth
 from olla.graph.check import verify
 from olla.ilp import fit
@@ -132,6 +134,36 @@ class FittingTest(unittest.TestCase):
         budget = start.peak_bytes * 2 // 3
         first, second = (fitted(graph, start, [1.0] * len(graph.ops), budget) for _ in range(2))
         self.assertEqual(first.order, second.order)
+
+    def test_what_is_known_is_where_the_search_begins(self) -> None:
+        graph, draw = training(30, in_place=True), random.Random(1)
+        start, seconds = olla.schedule(graph), [float(draw.randint(1, 9)) for _ in graph.ops]
+        budget = start.peak_bytes // 3
+        known = fitted(graph, start, seconds, budget)
+        hasty = fitted(graph, start, seconds, budget, time_limit=0.0)
+        again = fitted(graph, start, seconds, budget, known=known, time_limit=0.0)
+        self.assertLess(known.extra_seconds, hasty.extra_seconds)
+        self.assertLessEqual(again.extra_seconds, known.extra_seconds)
+        verify(graph, Plan.of(graph, again))
+
+    def test_what_is_needed_cannot_be_taken_out(self) -> None:
+        needed = seen = 0
+        for graph, start, seconds, budget in islice(tight_cases(random.Random(3)), 40):
+            program = program_of(graph)
+            work = Fitting(graph, start, seconds)
+            try:
+                work.within(budget)
+            except InfeasibleError:
+                continue
+            for _, peak, sequence in work._found:
+                uses = uses_in(program, sequence)
+                for place in range(len(sequence)):
+                    without = np.delete(sequence, place)
+                    fits = peak_of(program, without) <= max(peak, budget)
+                    needs = is_needed(program, sequence, uses, place, max(peak, budget))
+                    self.assertFalse(needs and fits, (graph, sequence, place))
+                    needed, seen = needed + needs, seen + (not fits)
+        self.assertGreater(needed, seen // 2)
 
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
     def test_small_graphs_cost_seldom_more_than_the_optimum(self) -> None:

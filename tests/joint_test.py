@@ -11,9 +11,10 @@ from fit_form_test import least_added_time, least_bytes
 from ilp_test import random_graph
 
 import olla
+from olla.fit.cases import Cases
 from olla.fit.joint import jointly
 from olla.fit.moment import Moments
-from olla.fit.program import program_of
+from olla.fit.program import as_sequence, program_of
 
 GRAPHS = 800 if os.environ.get("RUN_SKIPPED") else 150
 _REPEATS = 3
@@ -40,12 +41,43 @@ class JointTest(unittest.TestCase):
             alone = [moments.at(op, budget).seconds for op in range(len(graph.ops))]
             for _ in range(4):
                 ops = self.chain(draw, moments)
-                found = jointly(moments, ops, budget)
+                found = jointly(moments, ops, budget, moments.before)
                 with self.subTest(graph=number, ops=ops.tolist()):
                     self.assertLessEqual(found.seconds, expected + 1e-4)
                     self.assertGreaterEqual(found.seconds, max(alone[op] for op in ops) * (1 - 2e-3) - 1e-2)
                 tight += 0 < expected <= found.seconds + 1e-2
                 higher += found.seconds > max(alone) + 0.5
+        self.assertGreater(tight, GRAPHS // 40)
+        self.assertGreater(higher, 0)
+
+    def test_cases_do_not_lose_what_only_one_order_can_do(self) -> None:
+        draw = random.Random(5)
+        tight = divided = higher = 0
+        for number in range(GRAPHS):
+            graph = random_graph(draw, draw.randint(4, 7))
+            least, best = least_bytes(graph), olla.schedule(graph).peak_bytes
+            if least >= best:
+                continue
+            budget, times = draw.randint(least, best - 1), [draw.randint(1, 9) for _ in graph.ops]
+            expected = least_added_time(graph, budget, times, _REPEATS, None)
+            if expected is None:
+                continue
+            program = program_of(graph)
+            loads = np.full(len(program.maker), np.inf)
+            moments = Moments(program, np.concatenate([times, loads]))
+            orders = [as_sequence(program, olla.schedule(graph).order)]
+            moment = moments.dearest(orders[0], budget)
+            cases = Cases(moments, orders, budget, moment)
+            before = cases.bound
+            for _ in range(6):
+                with self.subTest(graph=number):
+                    self.assertLessEqual(cases.bound, expected + 1e-4)
+                if not cases.divide():
+                    break
+                divided += 1
+            higher += cases.bound > before + 0.5
+            tight += 0 < expected <= cases.bound + 1e-2
+        self.assertGreater(divided, GRAPHS // 20)
         self.assertGreater(tight, GRAPHS // 40)
         self.assertGreater(higher, 0)
 

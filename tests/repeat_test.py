@@ -19,7 +19,7 @@ from olla.graph.lifetimes import peak_bytes
 TRIES = 300  # places where an op is run again, if that is allowed
 
 
-def with_repeats(graph: Graph, seconds: Any, options: Any) -> Schedule:
+def with_repeats(graph: Graph, *_: Any) -> Schedule:
     """Program order with ops that run again."""
     draw = random.Random(0)
     order = tuple(range(len(graph.ops)))

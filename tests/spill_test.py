@@ -40,7 +40,7 @@ TRIES = 300  # places where an op is run again, or a storage sent away, if that 
 FREE, DEAR = Bandwidth(1e15, 1e15), Bandwidth(1.0, 1.0)  # spilling costs less, or more, than anything else
 
 
-def at_random(graph: Graph, seconds: Any = None, options: Any = None) -> Schedule:
+def at_random(graph: Graph, *_: Any) -> Schedule:
     """Program order with ops that run again and storages that are away, the same for the same operators."""
     draw = random.Random(0)
 
@@ -339,7 +339,7 @@ class SpillTest(InFolder):
         torch.manual_seed(0)
         layer, x = nn.Linear(64, 64), torch.randn(32, 64)
 
-        def order(graph: Graph, seconds: Any, options: Any) -> Schedule:
+        def order(graph: Graph, *_: Any) -> Schedule:
             order = tuple(range(len(graph.ops)))
             spills = tuple(
                 Spill(output, start, len(order))

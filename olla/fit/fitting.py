@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from typing import NamedTuple
 
 import numpy as np
 
 from olla.errors import InfeasibleError
-from olla.fit.joint import jointly
+from olla.fit.cases import Cases
 from olla.fit.moment import Kept, Moments
 from olla.fit.program import as_sequence, completed, program_of, simulated, spilled, with_loads
-from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, state, unrolled, waiting
+from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, states, unrolled, waiting
 from olla.fit.spill import Bandwidth, belady
 from olla.graph.graph import Graph
 from olla.graph.lifetimes import least_bytes, peak_bytes
@@ -35,13 +37,15 @@ __all__ = ["Fitting", "fitted"]
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
 _MOMENTS = 24  # that are looked at
-_TOGETHER = 4  # that are looked at together
+_DIVISIONS = 4  # of the case with the lowest bound
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
 _MANY = 1_500  # ops, for programs of several moments to stay small
 _CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
 _SETTLED = 1e-3  # of all seconds: as good as the bound
 _TRIALS = 150  # to improve a sequence
-_HEAT = 3e-3  # of all seconds: what a trial may lose in the beginning
+_MORE_TRIALS = 750  # if it is not close to the bound then
+_WALKS = 2  # at a time
+_HEAT = 6e-3  # of all seconds: what a trial may lose in the beginning
 _NEARBY = 40  # ops, in program order
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
 
@@ -53,6 +57,7 @@ def fitted(
     budget_bytes: int,
     *,
     bandwidth: Bandwidth | None = None,
+    known: Schedule | None = None,
     time_limit: float = 30.0,
 ) -> Schedule:
     """A sequence of the ops of ``graph`` whose peak is at most ``budget_bytes``, at little extra time.
@@ -69,6 +74,8 @@ def fitted(
         What live bytes must not exceed, persistent storages left out.
     bandwidth
         Between the device and where storages are spilled to. None: nothing is spilled.
+    known
+        What was found before, for other seconds or sizes, say: it is repaired, too.
     time_limit
         Seconds after which the best sequence so far is returned.
 
@@ -82,14 +89,29 @@ def fitted(
     InfeasibleError
         If nothing was found that fits; ``best_bytes`` is about the smallest peak that can be reached.
     """
-    return Fitting(graph, start, seconds, bandwidth=bandwidth).within(budget_bytes, time_limit=time_limit)
+    work = Fitting(graph, start, seconds, bandwidth=bandwidth, known=known)
+    return work.within(budget_bytes, time_limit=time_limit)
+
+
+class Found(NamedTuple):
+    """A sequence without late ops."""
+
+    extra: float  # seconds
+    peak: int
+    sequence: Integers
 
 
 class Fitting:
     """What is known of a graph, and found so far; budgets asked one after the other share it."""
 
     def __init__(
-        self, graph: Graph, start: Schedule, seconds: Sequence[float], *, bandwidth: Bandwidth | None = None
+        self,
+        graph: Graph,
+        start: Schedule,
+        seconds: Sequence[float],
+        *,
+        bandwidth: Bandwidth | None = None,
+        known: Schedule | None = None,
     ) -> None:
         self._graph, self._start, self._can_spill = graph, start, bandwidth is not None
         self._means = "recomputation and spilling" if self._can_spill else "recomputation"
@@ -101,8 +123,9 @@ class Fitting:
         orders = {start.order: None, tuple(range(len(graph.ops))): None}
         self._floor, self._pinned = least_bytes(graph)
         self._orders = [as_sequence(program, order) for order in orders]
+        self._known = [] if known is None else [with_loads(program, known.order, known.spills)]
         self._moments = Moments(program, self._seconds)
-        self._found: list[tuple[float, int, Integers]] = []  # extra seconds, peak, sequence without late ops
+        self._found: list[Found] = []
 
     def within(self, budget_bytes: int, *, time_limit: float = 30.0) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
@@ -121,11 +144,7 @@ class Fitting:
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
-        bound, draw = moment.seconds, np.random.default_rng(0)
-        self._improve(budget_bytes, bound, deadline, draw)
-        if self._cheapest(budget_bytes)[0] > bound + _OPEN * self._once and self._program.loads <= _MANY:
-            bound = self._several(budget_bytes, moment, deadline)
-            self._improve(budget_bytes, bound, deadline, draw)
+        bound = self._search(budget_bytes, moment, deadline)
         extra, peak, sequence = self._cheapest(budget_bytes)
         order, spills = spilled(self._program, completed(self._program, sequence)[0])
         exact = peak_bytes(self._graph, order, spills)
@@ -162,7 +181,8 @@ class Fitting:
                 yield self._repair(sequence, budget_bytes, power) <= budget_bytes
 
     def _starts(self, budget_bytes: int, moment: Kept) -> Iterator[Integers]:
-        """Orders that make again what is not worth keeping at the dearest moment."""
+        """What is known, and orders that make again what is not worth keeping at the dearest moment."""
+        yield from self._known
         for share in _TIGHTER:
             kept = self._moments.at(moment.op, int(share * budget_bytes)) if share < 1 else moment
             if kept.seconds == np.inf:
@@ -175,63 +195,44 @@ class Fitting:
         if self._can_spill and (spills := belady(self._graph, self._start.order, budget_bytes)):
             yield with_loads(self._program, self._start.order, spills)
 
-    def _several(self, budget_bytes: int, moment: Kept, deadline: float) -> float:
-        """Repair what is best at several moments, in any order and in each of the known ones; returns the bound.
+    def _search(self, budget_bytes: int, moment: Kept, deadline: float) -> float:
+        """Improve the cheapest sequence and raise the bound in turn, until they meet, nearly; returns the bound."""
+        cases = Cases(self._moments, self._orders, budget_bytes, moment)
 
-        They are the dearest one and those that exceed the budget most in what the ones before lead to.
-        """
-        program, bound = self._program, moment.seconds
-        for order, is_free in product(self._orders, (True, False)):
-            place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
-            given = None if is_free else completed(program, order)[0]
-            ops, contents, loaded = np.array([moment.op]), moment.contents[None], moment.loaded[None]
-            while not self._is_settled(budget_bytes, bound) and time.perf_counter() < deadline:
-                sequence = unrolled(program, order, place[ops], contents, loaded)
-                if len(sequence) == 0:
+        def is_open() -> bool:
+            return self._cheapest(budget_bytes).extra > cases.bound + _OPEN * self._once
+
+        self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
+        if self._program.loads <= _MANY:
+            middle = (time.perf_counter() + deadline) / 2
+            for _ in range(_DIVISIONS):
+                if not is_open() or time.perf_counter() > middle or not cases.divide():
                     break
-                if len(ops) > 1:
-                    for power in _POWERS:
-                        self._repair(sequence, budget_bytes, power)
-                more = self._fullest(sequence, ops, budget_bytes, is_free=is_free)
-                if more is None or len(ops) == _TOGETHER:
+        if is_open():
+            self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, _MORE_TRIALS, deadline)
+        return cases.bound
+
+    def _improve(self, starts: Sequence[Found], budget_bytes: int, bound: float, trials: int, deadline: float) -> None:
+        """Walk from the first of ``starts`` at the same time, or several times from one, and keep what is found."""
+        limit, seconds = bound + _SETTLED * self._once, deadline - time.perf_counter()
+
+        def walk(seed: int, start: Found) -> Found:
+            """Leave out some repeats, or put in others, and repair again and again; returns the best."""
+            draw, best, at = np.random.default_rng([seed, trials]), start, start
+            for trial in range(trials):
+                left = min(1 - trial / trials, (deadline - time.perf_counter()) / seconds)
+                if best.extra <= limit or left < 0:
                     break
-                ops = np.append(ops, more)
-                ops = ops[np.argsort(place[ops])]
-                _, seconds, contents, loaded = jointly(self._moments, ops, budget_bytes, given)
-                if is_free:
-                    bound = max(bound, seconds)
-                if len(contents) == 0:
-                    break
-        return bound
+                change = self._with_another if draw.random() < 1 / 3 else self._with_less
+                found = self._repaired(change(at.sequence, draw), budget_bytes, float(draw.choice(_POWERS)))
+                heat = _HEAT * self._once * left
+                if found.peak <= budget_bytes:
+                    best = min(best, found, key=_cost)
+                    at = found if found.extra < at.extra + heat * draw.exponential() else at
+            return best
 
-    def _fullest(self, sequence: Integers, ops: Integers, budget_bytes: int, *, is_free: bool) -> int | None:
-        """The op, none of ``ops``, whose first run exceeds the budget most; None: none does.
-
-        If it ``is_free`` when ops run, it must come before or after each of them in every order.
-        """
-        whole, _ = completed(self._program, sequence)
-        first, position = np.unique(whole, return_index=True)
-        excess = simulated(self._program, whole)[1][position] - budget_bytes
-        excess[(first >= self._program.loads) | np.isin(first, [*ops, *self._program.late])] = 0
-        if is_free:
-            before = self._moments.before
-            ordered = self._moments.turns & np.all(before[ops] | before[:, ops].T, axis=0)
-            excess[~np.isin(first, np.flatnonzero(ordered))] = 0
-        most = int(np.argmax(excess))
-        return int(first[most]) if excess[most] > 0 else None
-
-    def _improve(self, budget_bytes: int, bound: float, deadline: float, draw: np.random.Generator) -> None:
-        """Leave out some repeats of the cheapest sequence, or put in others, and repair it again and again."""
-        cost, _, sequence = self._cheapest(budget_bytes)
-        for trial in range(_TRIALS):
-            if self._is_settled(budget_bytes, bound) or time.perf_counter() > deadline:
-                break
-            changed = self._with_another(sequence, draw) if draw.random() < 1 / 3 else self._with_less(sequence, draw)
-            self._repair(changed, budget_bytes, float(draw.choice(_POWERS)))
-            extra, peak, other = self._found[-1]
-            heat = _HEAT * self._once * (1 - trial / _TRIALS)
-            if peak <= budget_bytes and extra < cost + heat * draw.exponential():
-                cost, sequence = extra, other
+        with ThreadPoolExecutor(_WALKS) as walkers:
+            self._found += walkers.map(walk, range(_WALKS), cycle(starts))
 
     def _with_less(self, sequence: Integers, draw: np.random.Generator) -> Integers:
         """The sequence without some repeats and loads of ops that are near one another."""
@@ -251,7 +252,7 @@ class Fitting:
             return sequence
         chosen = draw.integers(len(places))
         place, depth = places[chosen], draw.choice(DEPTHS)
-        version, waits = state(self._program, sequence, place)
+        (version,), (waits,) = states(self._program, sequence, places[[chosen]])
         chain = chain_of(self._program, version, waits, sequence[place], storages[chosen], depth)
         if not np.isfinite(self._seconds[chain].sum()):
             return sequence
@@ -271,21 +272,35 @@ class Fitting:
 
     @property
     def _least(self) -> int:
-        return min([self._start.peak_bytes, *(peak for _, peak, _ in self._found)])
+        return min([self._start.peak_bytes, *(found.peak for found in self._found)])
 
-    def _cheapest(self, budget_bytes: int) -> tuple[float, int, Integers]:
-        return min((found for found in self._found if found[1] <= budget_bytes), key=lambda found: found[:2])
+    def _cheapest(self, budget_bytes: int) -> Found:
+        return min((found for found in self._found if found.peak <= budget_bytes), key=_cost)
+
+    def _cheapest_orders(self, budget_bytes: int) -> list[Found]:
+        """What fits, the cheapest first: one for each order in which ops run for the first time."""
+        orders: dict[bytes, Found] = {}
+        for found in sorted((found for found in self._found if found.peak <= budget_bytes), key=_cost):
+            ops, first = np.unique(found.sequence, return_index=True)
+            orders.setdefault(ops[np.argsort(first)].tobytes(), found)
+        return list(orders.values())
 
     def _is_settled(self, budget_bytes: int, bound: float) -> bool:
         """Whether something fits that is as good as the bound."""
         limit = bound + _SETTLED * self._once
-        return any(extra <= limit and peak <= budget_bytes for extra, peak, _ in self._found)
+        return any(found.extra <= limit and found.peak <= budget_bytes for found in self._found)
 
     def _repair(self, sequence: Integers, budget_bytes: int, power: float) -> int:
         """Keep the sequence, repaired, among what was found; returns its peak."""
+        self._found.append(self._repaired(sequence, budget_bytes, power))
+        return self._found[-1].peak
+
+    def _repaired(self, sequence: Integers, budget_bytes: int, power: float) -> Found:
         sequence = repaired(self._program, sequence, self._seconds, budget_bytes, power)
-        peak = peak_of(self._program, sequence)
         once = np.unique(sequence[sequence < self._program.loads])
         extra = float(self._seconds[sequence].sum() - self._seconds[once].sum())
-        self._found.append((max(0.0, extra), peak, sequence))
-        return peak
+        return Found(max(0.0, extra), peak_of(self._program, sequence), sequence)
+
+
+def _cost(found: Found) -> tuple[float, int]:
+    return found.extra, found.peak

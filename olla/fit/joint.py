@@ -8,8 +8,8 @@ first runs of some ops, which precede one another, and each content is made, kep
 - at each moment, what is there fits beside the op.
 
 An op that must first run in one interval, because of the ops it depends on and those that depend on it, runs there;
-others run in one that may be chosen. So the bound holds for every order, as that of one moment does. In a given order
-every first run is known, and the solution is a start for the planner.
+others run in one that may be chosen. So the bound holds for every order, as that of one moment does. Where an op could
+run in several intervals, each may be looked at by itself: in more and more cases, whose bounds are higher.
 """
 
 from __future__ import annotations
@@ -42,17 +42,13 @@ class Joint(NamedTuple):
     loaded: Booleans  # those that come back between this op and the next one
 
 
-def jointly(moments: Moments, ops: Integers, budget: int, order: Integers | None = None) -> Joint:
+def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans) -> Joint:
     """The best choice at the first runs of ``ops``, each of which must precede the next one.
 
-    The bound holds for every order; or, if all ops are given in one, for that ``order``.
+    The bound holds for every order in which what is ``before`` an op, in the row of that, comes before it.
     """
     program, of_op = moments.program, moments.of_op
     number, makers, contents, count = len(ops), len(of_op), len(moments.storage), len(ops) + 1
-    before = moments.before
-    if order is not None:
-        place = np.argsort(order)
-        before = place[None, :] < place[:, None]
     sizes = np.where(program.sizes <= _SMALL * budget, 0, program.sizes)[moments.storage]
     first, last = _windows(before, ops)
     spans = [(begin, end) for begin in range(1, count) for end in range(begin, count)]  # of intervals

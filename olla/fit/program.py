@@ -149,7 +149,7 @@ def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
         for k in range(program.start[op], program.start[op + 1]):
             storage, kind = program.storage[k], program.kind[k]
             if kind == LOADS and (begin[storage] < 0 or version[storage] != program.version[k]):
-                return False, change
+                return False, change[: len(whole)]
             if kind in (CREATES, LOADS):
                 if begin[storage] >= 0:
                     change[begin[storage]] += program.sizes[storage]
@@ -158,7 +158,7 @@ def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
                 version[storage] = program.version[k] if kind == LOADS else 1
             elif kind != WRITES_ONCE or not seen[op]:
                 if version[storage] != program.version[k]:
-                    return False, change
+                    return False, change[: len(whole)]
                 if kind != READS:
                     version[storage] += 1
             last[storage] = step
@@ -166,7 +166,7 @@ def simulated(program: Program, whole: Integers) -> tuple[bool, Integers]:
     for storage in program.outputs:
         last[storage] = len(whole) - 1
         if version[storage] != program.final[storage]:
-            return False, change
+            return False, change[: len(whole)]
     for storage in range(count):
         if begin[storage] >= 0:
             change[begin[storage]] += program.sizes[storage]

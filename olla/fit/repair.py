@@ -9,18 +9,30 @@ profile, and never by the bytes of what it drops.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from olla.fit.program import CREATES, LOADS, WRITES, WRITES_ONCE, Booleans, Floats, Program, completed, simulated
 from olla.order.problem import Integers
 
-__all__ = ["DEPTHS", "chain_of", "peak_of", "repaired", "state", "unrolled", "waiting"]
+__all__ = ["DEPTHS", "chain_of", "is_needed", "peak_of", "repaired", "states", "unrolled", "uses_in", "waiting"]
 
 LOAD = -1
 _TRIED = 12  # chains, the most promising ones, before one of them is taken
 _LONGEST = 50_000  # ops in a chain or a sequence
 DEPTHS = np.array([LOAD, 0, 1, 2, 3, 5, 8, 1_000_000], np.int64)  # of chains
+
+
+class Uses(NamedTuple):
+    """What the ops of a sequence are to those before and after them."""
+
+    live: Integers  # the most bytes in memory at each op, late ops after it included
+    is_awaited: Booleans  # whether late ops come right after it
+    start: Integers  # of the touches of each op, and their count; for each touch:
+    before: Integers  # where the same storage is touched before; -1: nowhere
+    is_last: Booleans  # whether its contents are not touched any more, nor wanted in the end
 
 
 @njit(cache=True, nogil=True)
@@ -30,7 +42,9 @@ def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int,
     ``power`` is that of seconds in the score of a chain.
     """
     best, excess = sequence, _excess(program, sequence, budget)
-    while 0 < excess < np.inf:
+    if excess == np.inf:
+        return sequence
+    while excess > 0:
         place, chains, promise, power_of_cost = _chains(program, best, seconds, budget, power)
         found, score = best, 0.0
         for tried, i in enumerate(np.argsort(-promise, kind="mergesort")):
@@ -64,18 +78,19 @@ def _chains(
                 relief[storages[i]] += max(0, min(program.sizes[storages[i]], profile[step] - budget))
     places, chains = [np.int64(0) for _ in range(0)], [sequence for _ in range(0)]
     promise, costs = [0.0 for _ in range(0)], [0.0 for _ in range(0)]
-    last = np.int64(-1)
+    goals = np.unique(after)
+    versions, waits = states(program, sequence, goals)
     for i in np.argsort(after, kind="mergesort"):
-        if after[i] != last:
-            last = after[i]
-            version, waits = state(program, sequence, last)
+        goal = np.searchsorted(goals, after[i])
         length = 0
         for depth in DEPTHS:
-            chain = chain_of(program, version, waits, sequence[last], storages[i], depth)
+            chain = chain_of(program, versions[goal], waits[goal], sequence[after[i]], storages[i], depth)
             cost = seconds[chain].sum() ** power
-            if len(chain) == 0 or cost == np.inf or (len(chain) == length and depth > 0):
+            if depth > 0 and len(chain) == length:
+                break  # deeper ones are no longer
+            if len(chain) == 0 or cost == np.inf:
                 continue
-            length = len(chain)
+            length = len(chain) if depth >= 0 else 0
             gain = 0.0
             for op in chain:
                 for k in range(program.start[op], program.start[op + 1]):
@@ -94,20 +109,82 @@ def _pruned(program: Program, sequence: Integers, seconds: Floats, budget: int) 
     runs = np.zeros(len(seconds), np.int64)
     for op in sequence:
         runs[op] += 1
-    best = sequence
-    gone = np.zeros(len(best), np.bool_)
-    for place in np.argsort(-seconds[sequence], kind="mergesort"):
-        op = sequence[place]
-        if runs[op] == 1 and op < program.loads:
+    best, place = sequence, np.arange(len(sequence))  # of each op of the sequence, in the best one
+    uses = uses_in(program, best)
+    for i in np.argsort(-seconds[sequence], kind="mergesort"):
+        op = sequence[i]
+        if (runs[op] == 1 and op < program.loads) or is_needed(program, best, uses, place[i], budget):
             continue
-        gone[place] = True
-        candidate = sequence[~gone]
+        candidate = np.concatenate((best[: place[i]], best[place[i] + 1 :]))
         if peak_of(program, candidate) <= budget:
-            best = candidate
+            best, uses = candidate, uses_in(program, candidate)
             runs[op] -= 1
-        else:
-            gone[place] = False
+            place[i:] -= 1
     return best
+
+
+@njit(cache=True, nogil=True)
+def is_needed(program: Program, sequence: Integers, uses: Uses, place: int, budget: int) -> bool:
+    """Whether the budget, or who reads its results, surely needs the op at ``place``. False: perhaps.
+
+    Without it, what it makes waits there since it was used before, if it was; and what it uses last has gone.
+    """
+    if uses.is_awaited[place]:
+        return False
+    op, begin = sequence[place], uses.start[place]
+    count = uses.start[place + 1] - begin
+    change, first = np.zeros(count, np.int64), place
+    for j in range(count):
+        k, before, is_last = program.start[op] + j, uses.before[begin + j], uses.is_last[begin + j]
+        is_made = program.kind[k] == CREATES or program.kind[k] == LOADS
+        if not is_last and (program.kind[k] == WRITES or (is_made and before < 0)):
+            return True
+        if is_made and not is_last:
+            change[j] = program.sizes[program.storage[k]]
+            first = min(first, before + 1)
+        elif not is_made and is_last:
+            change[j] = -program.sizes[program.storage[k]]
+    for step in range(first, place):
+        live = uses.live[step]
+        for j in range(count):
+            if step > uses.before[begin + j]:
+                live += change[j]
+        if live > budget:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def uses_in(program: Program, sequence: Integers) -> Uses:
+    """Look at all of the sequence."""
+    whole, owner = completed(program, sequence)
+    live = np.zeros(len(sequence), np.int64)
+    is_awaited = np.zeros(len(sequence), np.bool_)
+    for step, found in enumerate(simulated(program, whole)[1]):
+        live[owner[step]] = max(live[owner[step]], found)
+        is_awaited[owner[step]] = step > 0 and owner[step] == owner[step - 1]
+    start = np.zeros(len(sequence) + 1, np.int64)
+    for place, op in enumerate(sequence):
+        start[place + 1] = start[place] + program.start[op + 1] - program.start[op]
+    before, is_last = np.full(start[-1], -1, np.int64), np.ones(start[-1], np.bool_)
+    latest, latest_place = np.full(len(program.sizes), -1, np.int64), np.full(len(program.sizes), -1, np.int64)
+    for place, op in enumerate(sequence):
+        for j in range(start[place + 1] - start[place]):
+            k = program.start[op] + j
+            storage, touch = program.storage[k], start[place] + j
+            if latest[storage] >= 0:
+                before[touch] = latest_place[storage]
+                is_last[latest[storage]] = program.kind[k] == CREATES or program.kind[k] == LOADS
+            latest[storage], latest_place[storage] = touch, place
+    for op in program.late:
+        is_last[_found(latest[program.storage[program.start[op] : program.start[op + 1]]])] = False
+    is_last[_found(latest[program.outputs])] = False
+    return Uses(live, is_awaited, start, before, is_last)
+
+
+@njit(cache=True, nogil=True)
+def _found(places: Integers) -> Integers:
+    return places[places >= 0]
 
 
 @njit(cache=True, nogil=True)
@@ -163,7 +240,7 @@ def chain_of(
     """Ops that make what ``op`` expects in ``storage``, in order; empty: there is no such chain.
 
     What they need and is not in memory then is made again, too, up to ``depth`` ops back, and kept for them beyond.
-    The chain of depth ``LOAD`` is a load. The rest is what :func:`state` says.
+    The chain of depth ``LOAD`` is a load. The rest is what :func:`states` says.
     """
     wanted = np.int64(0)
     for k in range(program.start[op], program.start[op + 1]):
@@ -206,10 +283,14 @@ def chain_of(
 
 
 @njit(cache=True, nogil=True)
-def state(program: Program, sequence: Integers, place: int) -> tuple[Integers, Booleans]:
-    """Before the op at ``place``: the version of each storage, and whether it waits in memory for somebody."""
-    version = np.zeros(len(program.sizes), np.int64)
-    for position in range(place):
+def states(program: Program, sequence: Integers, places: Integers) -> tuple[Integers, Booleans]:
+    """Before the ops at ``places``, a row for each, in order: the version of each storage, and whether it waits."""
+    versions = np.zeros((len(places), len(program.sizes)), np.int64)
+    version, done = np.zeros(len(program.sizes), np.int64), 0
+    for position in range(len(sequence)):
+        while done < len(places) and places[done] == position:
+            versions[done] = version
+            done += 1
         op = sequence[position]
         for k in range(program.start[op], program.start[op + 1]):
             storage, kind = program.storage[k], program.kind[k]
@@ -217,16 +298,16 @@ def state(program: Program, sequence: Integers, place: int) -> tuple[Integers, B
                 version[storage] = 1
             elif kind == WRITES and version[storage] == program.version[k]:
                 version[storage] += 1
+    waiting = np.zeros((len(places), len(program.sizes)), np.bool_)
     waits = np.zeros(len(program.sizes), np.bool_)
-    settled = np.zeros(len(program.sizes), np.bool_)
-    for position in range(place, len(sequence)):
+    for position in range(len(sequence) - 1, -1, -1):
         op = sequence[position]
         for k in range(program.start[op], program.start[op + 1]):
-            storage = program.storage[k]
-            if not settled[storage]:
-                settled[storage] = True
-                waits[storage] = program.kind[k] != CREATES and program.kind[k] != LOADS
-    return version, waits
+            waits[program.storage[k]] = program.kind[k] != CREATES and program.kind[k] != LOADS
+        while done > 0 and places[done - 1] == position:
+            done -= 1
+            waiting[done] = waits
+    return versions, waiting
 
 
 @njit(cache=True, nogil=True)

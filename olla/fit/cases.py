@@ -1,0 +1,107 @@
+"""Cases, by where moments come among one another: their bounds are higher than one that holds for every order.
+
+Much of what an order may do is not fixed by what depends on what: the gradient of a large weight may be computed at
+once, or late. If neither fits beside what is best kept otherwise, a bound for both tells it only once they are told
+apart. So the case with the lowest bound is divided: of its moments, and one more, at which what is kept by then needs
+too much, all orders are looked at (``joint.py``), each for itself. The lowest bound of all cases holds for every order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from olla.fit.joint import Joint, jointly
+from olla.fit.moment import Kept, Moments
+from olla.fit.program import Booleans, completed, simulated
+from olla.fit.repair import unrolled
+from olla.order.problem import Integers
+
+__all__ = ["Cases"]
+
+_AT_A_TIME = 2  # small integer programs
+
+
+class _Case(NamedTuple):
+    """Sequences that run some ops in one order, and what is best kept in these."""
+
+    bound: float  # seconds that any of them adds, at least
+    number: int  # to tell cases with equal bounds apart
+    joint: Joint
+    before: Booleans  # what comes before each op, a row for each
+
+
+class Cases:
+    """All sequences within a budget, at first together; ``moment`` is the dearest one, ``orders`` what was found."""
+
+    def __init__(self, moments: Moments, orders: Sequence[Integers], budget_bytes: int, moment: Kept) -> None:
+        self._moments, self._orders, self._budget = moments, orders, budget_bytes
+        joint = Joint(np.array([moment.op]), moment.seconds, moment.contents[None], moment.loaded[None])
+        self._cases = [_Case(joint.seconds, 0, joint, moments.before)]  # a heap
+        self._count = 1
+
+    @property
+    def bound(self) -> float:
+        """Seconds that every sequence adds, at least."""
+        return self._cases[0].bound
+
+    def divide(self) -> bool:
+        """Divide the case with the lowest bound, by one more moment; False: what it keeps fits wherever it must."""
+        case = self._cases[0]
+        op = self._fullest(case)
+        if op is None:
+            return False
+
+        def looked_at(inserted: tuple[int, tuple[Integers, Booleans]]) -> _Case:
+            number, (ops, before) = inserted
+            joint = jointly(self._moments, ops, self._budget, before)
+            return _Case(max(case.bound, joint.seconds), number, joint, before)
+
+        with ThreadPoolExecutor(_AT_A_TIME) as solvers:
+            found = list(solvers.map(looked_at, enumerate(_inserted(op, case.joint.ops, case.before), self._count)))
+        heapq.heapreplace(self._cases, found[0])
+        for one in found[1:]:
+            heapq.heappush(self._cases, one)
+        self._count += len(found)
+        return True
+
+    def _fullest(self, case: _Case) -> int | None:
+        """The op whose first run exceeds the budget most if a case keeps what it wants to; None: none does."""
+        program, most = self._moments.program, (0, -1)
+        for known in self._orders if len(case.joint.contents) else ():
+            order = _obeying(known, case.before)
+            place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
+            sequence = unrolled(program, order, place[case.joint.ops], case.joint.contents, case.joint.loaded)
+            if len(sequence) == 0:
+                continue
+            whole, _ = completed(program, sequence)
+            first, position = np.unique(whole, return_index=True)
+            excess = simulated(program, whole)[1][position] - self._budget
+            excess[(first >= program.loads) | np.isin(first, [*case.joint.ops, *program.late])] = 0
+            most = max(most, (int(excess.max()), int(first[np.argmax(excess)])))
+        return most[1] if most[0] > 0 else None
+
+
+def _inserted(op: int, ops: Integers, before: Booleans) -> Iterator[tuple[Integers, Booleans]]:
+    """Wherever ``op`` may come among ``ops``: all of them in order, and what is before each op then."""
+    earliest, latest = int(before[op, ops].sum()), len(ops) - int(before[ops, op].sum())
+    for place in range(earliest, latest + 1):
+        chain, relation = np.insert(ops, place, op), before.copy()
+        for one, other in pairwise(chain[max(0, place - 1) : place + 2]):
+            earlier = np.append(np.flatnonzero(relation[one]), one)
+            later = np.append(np.flatnonzero(relation[:, other]), other)
+            relation[np.ix_(later, earlier)] = True
+        yield chain, relation
+
+
+def _obeying(order: Integers, before: Booleans) -> Integers:
+    """The order in which each op waits for all that are ``before`` it."""
+    place = np.full(len(before), -1)
+    place[order] = np.arange(len(order))
+    latest = np.max(np.where(before[order], place, -1), axis=1)
+    return order[np.lexsort((before[order].sum(axis=1), np.maximum(latest, place[order])))]
