@@ -57,7 +57,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 1 / 6  # of the time limit, each time
+_FITTING = 0.16  # of the time limit, each time
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
