@@ -385,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.write:
             evidence = Evidence(
-                read_log(options.log_path, Row),
+                _there(options.log_path, Row),
                 moments=_there(_beside(options.log_path, "soak"), Moment),
                 peers=_there(_beside(options.log_path, "peers"), Result),
                 compiled=_there(_beside(options.log_path, "compile"), Result),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-from bench import blocks
+from bench import blocks, page
 from bench.evidence import Evidence
-from bench.page import page_of
 from bench.picture import draw_contests, draw_peaks, draw_soak
 from olla.errors import OllaError
 
@@ -15,40 +15,43 @@ __all__ = ["fill", "write_document"]
 
 
 def write_document(evidence: Evidence, root: Path) -> list[Path]:
-    """Write docs/results.md and its pictures, and what stands between markers elsewhere; returns the paths.
+    """Write what stands between markers, from the logs, and pictures; returns the paths of what was written.
 
-    What was run on a GPU, and peers, stand there as they did if the logs hold none.
+    What the logs hold nothing of stands there as it did.
 
     Raises
     ------
     OllaError
-        If the logs do not have what belongs there, or a page lacks its markers; then nothing is written.
+        If the logs hold nothing, or not enough of what belongs together, or a page lacks its markers; then nothing is
+        written.
     """
     readme, folder = root / "README.md", root / "docs"
-    in_readme = {"quick": blocks.quick(evidence), "orders": blocks.orders(evidence)}
-    in_cuda: dict[str, str] = {}
-    if evidence.peers:
-        in_readme["peers"] = blocks.peers(evidence.peers)
-    if evidence.measured("cuda"):
-        in_readme["gpu"], in_cuda["gpu"] = blocks.gpu_in_short(evidence), blocks.gpu(evidence)
     results, cuda = folder / "results.md", folder / "cuda.md"
-    pictures = {name: folder / f"{name}.png" for name in ("results", "soak", "peers")}
-    texts = {
-        readme: _filled(readme, in_readme),
-        results: page_of(evidence, **{name: path.name for name, path in pictures.items()}),
-        **({cuda: _filled(cuda, in_cuda)} if in_cuda else {}),
-    }
-    written = [*texts, pictures["results"]]
-    draw_peaks(evidence.simulated, pictures["results"])
-    if evidence.moments:
-        draw_soak(evidence.moments, pictures["soak"])
-        written.append(pictures["soak"])
+    found: dict[Path, dict[str, str]] = {readme: {}, results: {}, cuda: {}}
+    pictures: dict[Path, Callable[[Path], None]] = {}
+    if simulated := evidence.simulated:
+        found[readme] |= {"quick": blocks.quick(evidence), "orders": blocks.orders(evidence)}
+        pictures[folder / "results.png"] = partial(draw_peaks, simulated)
+        found[results]["orders"] = page.orders(evidence, "results.png")
     if evidence.peers:
-        draw_contests(evidence.peers, pictures["peers"])
-        written.append(pictures["peers"])
+        found[readme]["peers"] = blocks.peers(evidence.peers)
+        pictures[folder / "peers.png"] = partial(draw_contests, evidence.peers)
+        found[results]["peers"] = page.contests(evidence.peers, "peers.png")
+    if evidence.compiled:
+        found[results]["compile"] = page.backends(evidence.compiled)
+    if evidence.moments:
+        pictures[folder / "soak.png"] = partial(draw_soak, evidence.moments)
+        found[results]["soak"] = page.long_run(evidence.moments, "soak.png")
+    if evidence.measured("cuda"):
+        found[readme]["gpu"], found[cuda]["gpu"] = blocks.gpu_in_short(evidence), blocks.gpu(evidence)
+    texts = {path: _filled(path, parts) for path, parts in found.items() if parts}
+    if not texts:
+        raise OllaError("the logs hold nothing: run benchmarks.py first, or say where they are (--log-path)")
+    for path, draw in pictures.items():
+        draw(path)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
-    return written
+    return [*texts, *pictures]
 
 
 def _filled(path: Path, texts: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""docs/results.md: what the logs hold, on one page."""
+"""The parts of docs/results.md, each from what a log of its own holds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from bench.soak import Moment
 from bench.summary import PAPER, SUMMARY_COLUMNS, panels, saved, summaries
 from bench.table import Columns, markdown
 from bench.training import SUBJECTS
-from olla.errors import OllaError
 
-__all__ = ["page_of"]
+__all__ = ["backends", "contests", "long_run", "orders"]
 
 _PACKAGES = re.compile(r"\S*site-packages/")  # where they are on the machine is nobody's business
-_INTRODUCTION = """\
-Bytes are in MiB, and those above what lives across steps (parameters, buffers, optimizer state, inputs). Weights are
-random; training is with SGD and momentum."""
 _LEGEND = """\
 Means over the models. An order is *proven* if it is within 0.01 % of the best possible one. What an order *loses* is
 the share of what PyTorch's CUDA caching allocator would reserve for it that is not in use at the peak, by the model
@@ -94,26 +90,15 @@ _CONTENDERS: Columns[Result] = {
 }
 
 
-def page_of(evidence: Evidence, *, results: str, soak: str, peers: str) -> str:
-    """The page, with pictures of these names beside it; without a long run, or a contest, there is no such section.
-
-    Raises
-    ------
-    OllaError
-        If nothing was simulated.
-    """
+def orders(evidence: Evidence, picture: str) -> str:
+    """What was simulated, with a picture of this name beside the page, and measured."""
     simulated, measured = evidence.simulated, evidence.measured()
-    if not simulated:
-        raise OllaError("the log has no simulated row: run benchmarks.py first, for the paper's whole evaluation")
     parts = [
-        "# Results",
-        f"Written by `python benchmarks.py --write`, from logs. {origin([*simulated, *measured])}",
-        _INTRODUCTION,
         "## In the mean",
-        _LEGEND,
+        f"{_LEGEND} {origin([*simulated, *measured])}",
         markdown(SUMMARY_COLUMNS, summaries(simulated)),
         PAPER,
-        f"![Peaks of eager PyTorch and of OLLA, and the saving]({results})",
+        f"![Peaks of eager PyTorch and of OLLA, and the saving]({picture})",
     ]
     for of_panel in panels(simulated):
         mode = "Training" if of_panel[0].mode == "train" else "Inference"
@@ -123,26 +108,20 @@ def page_of(evidence: Evidence, *, results: str, soak: str, peers: str) -> str:
     if failed := evidence.failed:
         lines = (f"- {row.model}, {row.mode}, batch {row.batch_size}: {_PACKAGES.sub('', row.error)}" for row in failed)
         parts += ["## Failed", "\n".join(lines)]
-    if evidence.peers:
-        parts += _peers(evidence.peers, peers)
-    if evidence.compiled:
-        parts += _backends(evidence.compiled)
-    if evidence.moments:
-        parts += _soak(evidence.moments, soak)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
-def _peers(results: Sequence[Result], picture: str) -> list[str]:
-    """The section of what else saves memory."""
+def contests(results: Sequence[Result], picture: str) -> str:
+    """What else saves memory, with a picture of this name beside the page."""
     parts = ["## Beside what else saves memory", f"{_PEERS} {origin(results)}", f"![Peaks against times]({picture})"]
     for model in distinct(result.model for result in results):
         of_model = [result for result in results if result.model == model]
         parts += [f"### {model}, batch {SUBJECTS[model].batch_size}", markdown(_CONTENDERS, of_model)]
-    return parts
+    return "\n\n".join(parts)
 
 
-def _backends(results: Sequence[Result]) -> list[str]:
-    """The section of ``torch.compile``: for each mode, a row for each model, a column for each backend."""
+def backends(results: Sequence[Result]) -> str:
+    """``torch.compile``: for each mode, a row for each model, a column for each backend."""
     batches = [subject.batch_size for subject in COMPILED.values()]
     theirs = {(result.model, result.mode): result for result in results if result.contender == "aot_eager"}
     planned = [result for result in results if result.contender.startswith("olla")]
@@ -163,7 +142,7 @@ def _backends(results: Sequence[Result]) -> list[str]:
                     found.get((model, WITHIN)), found.get((model, EAGER))
                 )
             parts += [f"### {title}", markdown(columns, distinct(result.model for result in of_mode))]
-    return parts
+    return "\n\n".join(parts)
 
 
 def _peak(result: Result | None) -> str:
@@ -176,16 +155,16 @@ def _held(result: Result | None, eager: Result | None) -> str:
     return f"{held[0] / held[1]:.2f}" if len(held) == 2 else "-"
 
 
-def _soak(moments: Sequence[Moment], picture: str) -> list[str]:
-    """The section of a long run. It begins where caches are filled, a tenth of the way."""
+def long_run(moments: Sequence[Moment], picture: str) -> str:
+    """A long run, with a picture of this name beside the page. It begins where caches are filled, a tenth of the way."""
     last = moments[-1]
     warm = [moment for moment in moments if moment.steps >= last.steps / 10]
     low, high = (cells.mebibytes(found(moment.resident_bytes for moment in warm)) for found in (min, max))
-    return [
-        f"## Over {last.steps:,} steps",
-        f"""\
+    return f"""\
+## Over {last.steps:,} steps
+
 One step, a network of four linear layers with dropouts and Adam, again and again, on new batches: what the process
 holds, PyTorch included. From step {warm[0].steps:,} on it was between {low} and {high} MiB, and
-{last.missed:,} allocations of all steps missed their planned addresses. {origin(moments)}""",
-        f"![Resident memory over {last.steps:,} steps]({picture})",
-    ]
+{last.missed:,} allocations of all steps missed their planned addresses. {origin(moments)}
+
+![Resident memory over {last.steps:,} steps]({picture})"""

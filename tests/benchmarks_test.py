@@ -260,6 +260,8 @@ class LogTest(unittest.TestCase):
         readme, page = self.root / "README.md", self.root / "docs" / "results.md"
         readme.write_text(around.format("| old |\n", "old\n"))
         page.parent.mkdir()
+        marked = "# Results\n\n<!-- written: orders -->\n<!-- end of orders -->\n\n{}<!-- end of soak -->\n"
+        page.write_text(marked.format("<!-- written: soak -->\n"))
         self.run_with("-m", "tiny", "-m", "resnet18")
         with mock.patch("benchmarks.run_case") as run:
             self.assertEqual(self.run_with("--write")[0], 0)
@@ -287,8 +289,8 @@ class LogTest(unittest.TestCase):
         with mock.patch("benchmarks.STEPS", 200):
             self.assertEqual(self.run_with("--soak")[0], 0)
         self.assertEqual(self.run_with("--write")[0], 0)
-        before, _, section = page.read_text().partition("\n## Over 200 steps\n")
-        self.assertEqual(before, first[0])
+        before, _, section = page.read_text().partition("## Over 200 steps\n")
+        self.assertEqual(before + "<!-- end of soak -->\n", first[0])
         self.assertIn("0 allocations of all steps", section)
         self.assertIn("made by `python benchmarks.py --soak`", section)
         self.assertTrue((self.root / "docs" / "soak.png").read_bytes().startswith(b"\x89PNG"))
@@ -296,6 +298,7 @@ class LogTest(unittest.TestCase):
     def test_nothing_is_written_if_something_is_missing(self) -> None:
         readme = self.root / "README.md"
         (self.root / "docs").mkdir()
+        (self.root / "docs" / "results.md").write_text("<!-- written: orders -->\n<!-- end of orders -->\n")
         self.run_with("-m", "resnet18", "-b", "1", "--mode", "train", "--simulate")
         readme.write_text("<!-- written: quick -->\n<!-- end of quick -->\n")
         status, said = self.run_with("--write")
@@ -306,7 +309,7 @@ class LogTest(unittest.TestCase):
         status, said = self.run_with("--write")
         self.assertEqual(status, 2)
         self.assertIn("must stand there once", said)
-        self.assertEqual(list((self.root / "docs").iterdir()), [])
+        self.assertEqual([*(self.root / "docs").iterdir()], [self.root / "docs" / "results.md"])
         self.assertEqual(readme.read_text(), "<!-- written: quick -->\nno end\n")
 
     def test_a_log_that_cannot_be_written_is_found_out_before_anything_runs(self) -> None:

@@ -121,23 +121,31 @@ class EvidenceTest(unittest.TestCase):
         (root / "docs").mkdir()
         marked = "".join(
             f"<!-- written: {name} -->\nold {name}\n<!-- end of {name} -->\n"
-            for name in ("quick", "orders", "peers", "gpu")
+            for name in ("quick", "orders", "peers", "compile", "soak", "gpu")
         )
-        (root / "README.md").write_text(marked)
-        (root / "docs" / "cuda.md").write_text(marked)
+        readme, results, cuda = root / "README.md", root / "docs" / "results.md", root / "docs" / "cuda.md"
+        for page in (readme, results, cuda):
+            page.write_text(marked)
         rows = [simulated("resnet18"), measured("resnet18", "cpu")]
         with mock.patch("bench.document.draw_peaks"):
             write_document(Evidence(rows), root)
-            text = (root / "README.md").read_text()
-            self.assertIn("old gpu", text)
-            self.assertIn("old peers", text)
-            self.assertNotIn("old quick", text)
-            self.assertEqual((root / "docs" / "cuda.md").read_text(), marked)
-            self.assertNotIn("## Beside", (root / "docs" / "results.md").read_text())
+            for old, page in (("gpu", readme), ("peers", readme), ("peers", results), ("compile", results)):
+                self.assertIn(f"old {old}\n", page.read_text())
+            for new, page in (("quick", readme), ("orders", readme), ("orders", results)):
+                self.assertNotIn(f"old {new}\n", page.read_text())
+            self.assertEqual(cuda.read_text(), marked)
             write_document(Evidence([*rows, measured("gpt2", "cuda")]), root)
-        self.assertNotIn("old gpu", (root / "README.md").read_text())
-        self.assertNotIn("old gpu", (root / "docs" / "cuda.md").read_text())
-        self.assertNotIn("| gpt2 |", (root / "docs" / "results.md").read_text())
+            for page in (readme, cuda):
+                self.assertNotIn("old gpu", page.read_text())
+            self.assertNotIn("| gpt2 |", results.read_text())
+            before = results.read_text()
+            write_document(Evidence([], compiled=[result("aot_eager", 5, 1.0, same_numbers=True)]), root)
+        self.assertEqual(
+            results.read_text().partition("<!-- written: compile")[0], before.partition("<!-- written: compile")[0]
+        )
+        self.assertIn("| gpt2_6x384 | 5.0 |", results.read_text())
+        with self.assertRaisesRegex(OllaError, "the logs hold nothing"):
+            write_document(Evidence([]), root)
 
     def test_markers_must_be_there_once(self) -> None:
         path = Path("README.md")

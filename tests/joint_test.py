@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import unittest
+from collections.abc import Iterator
 
 import numpy as np
 from fit_form_test import least_added_time, least_bytes
 from ilp_test import random_graph
 
 import olla
+from olla import Graph
 from olla.fit.cases import Cases
 from olla.fit.joint import jointly
 from olla.fit.moment import Moments
@@ -20,29 +22,34 @@ GRAPHS = 800 if os.environ.get("RUN_SKIPPED") else 150
 _REPEATS = 3
 
 
+def problems(draw: random.Random) -> Iterator[tuple[Graph, int, Moments, float]]:
+    """Small graphs, budgets below the peaks of their best orders, their moments, and the least time that is added."""
+    for _ in range(GRAPHS):
+        graph = random_graph(draw, draw.randint(4, 7))
+        least, best = least_bytes(graph), olla.schedule(graph).peak_bytes
+        if least >= best:
+            continue
+        budget, per_byte = draw.randint(least, best - 1), draw.choice([None, 1, 4])
+        times = [draw.randint(1, 9) for _ in graph.ops]
+        expected = least_added_time(graph, budget, times, _REPEATS, per_byte)
+        if expected is None:
+            continue
+        program = program_of(graph)
+        sizes = np.repeat(program.sizes, np.diff(program.maker_start))
+        loads = sizes * (np.inf if per_byte is None else per_byte)
+        yield graph, budget, Moments(program, np.concatenate([times, np.maximum(loads, 1e-6)]).astype(float)), expected
+
+
 class JointTest(unittest.TestCase):
     def test_no_sequence_takes_less_time_than_the_bound(self) -> None:
         draw = random.Random(3)
         tight = higher = 0
-        for number in range(GRAPHS):
-            graph = random_graph(draw, draw.randint(4, 7))
-            least, best = least_bytes(graph), olla.schedule(graph).peak_bytes
-            if least >= best:
-                continue
-            budget, per_byte = draw.randint(least, best - 1), draw.choice([None, 1, 4])
-            times = [draw.randint(1, 9) for _ in graph.ops]
-            expected = least_added_time(graph, budget, times, _REPEATS, per_byte)
-            if expected is None:
-                continue
-            program = program_of(graph)
-            sizes = np.repeat(program.sizes, np.diff(program.maker_start))
-            loads = sizes * (np.inf if per_byte is None else per_byte)
-            moments = Moments(program, np.concatenate([times, np.maximum(loads, 1e-6)]).astype(float))
+        for graph, budget, moments, expected in problems(draw):
             alone = [moments.at(op, budget).seconds for op in range(len(graph.ops))]
             for _ in range(4):
                 ops = self.chain(draw, moments)
                 found = jointly(moments, ops, budget, moments.before)
-                with self.subTest(graph=number, ops=ops.tolist()):
+                with self.subTest(graph=graph, ops=ops.tolist()):
                     self.assertLessEqual(found.seconds, expected + 1e-4)
                     self.assertGreaterEqual(found.seconds, max(alone[op] for op in ops) * (1 - 2e-3) - 1e-2)
                 tight += 0 < expected <= found.seconds + 1e-2
@@ -51,26 +58,13 @@ class JointTest(unittest.TestCase):
         self.assertGreater(higher, 0)
 
     def test_cases_do_not_lose_what_only_one_order_can_do(self) -> None:
-        draw = random.Random(5)
         tight = divided = higher = 0
-        for number in range(GRAPHS):
-            graph = random_graph(draw, draw.randint(4, 7))
-            least, best = least_bytes(graph), olla.schedule(graph).peak_bytes
-            if least >= best:
-                continue
-            budget, times = draw.randint(least, best - 1), [draw.randint(1, 9) for _ in graph.ops]
-            expected = least_added_time(graph, budget, times, _REPEATS, None)
-            if expected is None:
-                continue
-            program = program_of(graph)
-            loads = np.full(len(program.maker), np.inf)
-            moments = Moments(program, np.concatenate([times, loads]))
-            orders = [as_sequence(program, olla.schedule(graph).order)]
-            moment = moments.dearest(orders[0], budget)
-            cases = Cases(moments, orders, budget, moment)
+        for graph, budget, moments, expected in problems(random.Random(5)):
+            orders = [as_sequence(moments.program, olla.schedule(graph).order)]
+            cases = Cases(moments, orders, budget, moments.dearest(orders[0], budget))
             before = cases.bound
             for _ in range(6):
-                with self.subTest(graph=number):
+                with self.subTest(graph=graph):
                     self.assertLessEqual(cases.bound, expected + 1e-4)
                 if not cases.divide():
                     break

@@ -2,10 +2,9 @@
 
 The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
 again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
-greedily (``repair.py``) for several weights of time against bytes. The cheapest one is improved, by leaving out some of
-its repeats, or putting in others, and repairing it again, until it is as good as the bound. Where it is not, moments at
-which such a sequence needs too much are looked at together with the dearest one (``joint.py``), which gives more starts
-and a higher bound, and the cheapest one is improved once more.
+greedily (``repair.py``) for several weights of time against bytes. The cheapest ones are improved, by leaving out some of
+their repeats, or putting in others, and repairing them again, until one is as good as the bound. Where none is, the
+bound is raised, by telling apart what comes when (``cases.py``), and the cheapest one is improved once more.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.
@@ -214,7 +213,7 @@ class Fitting:
 
     def _improve(self, starts: Sequence[Found], budget_bytes: int, bound: float, trials: int, deadline: float) -> None:
         """Walk from the first of ``starts`` at the same time, or several times from one, and keep what is found."""
-        limit, seconds = bound + _SETTLED * self._once, deadline - time.perf_counter()
+        limit, seconds = bound + _SETTLED * self._once, max(1e-9, deadline - time.perf_counter())
 
         def walk(seed: int, start: Found) -> Found:
             """Leave out some repeats, or put in others, and repair again and again; returns the best."""
@@ -232,7 +231,11 @@ class Fitting:
             return best
 
         with ThreadPoolExecutor(_WALKS) as walkers:
-            self._found += walkers.map(walk, range(_WALKS), cycle(starts))
+            try:
+                self._found += walkers.map(walk, range(_WALKS), cycle(starts))
+            except BaseException:
+                deadline = 0.0  # of the other walk, too
+                raise
 
     def _with_less(self, sequence: Integers, draw: np.random.Generator) -> Integers:
         """The sequence without some repeats and loads of ops that are near one another."""
