@@ -156,7 +156,7 @@ def _held(result: Result | None, eager: Result | None) -> str:
 
 
 def long_run(moments: Sequence[Moment], picture: str) -> str:
-    """A long run, with a picture of this name beside the page. It begins where caches are filled, a tenth of the way."""
+    """A long run, from where caches are filled, a tenth of the way; a picture of this name is beside the page."""
     last = moments[-1]
     warm = [moment for moment in moments if moment.steps >= last.steps / 10]
     low, high = (cells.mebibytes(found(moment.resident_bytes for moment in warm)) for found in (min, max))

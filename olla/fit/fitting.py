@@ -2,8 +2,8 @@
 
 The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
 again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
-greedily (``repair.py``) for several weights of time against bytes. The cheapest ones are improved, by leaving out some of
-their repeats, or putting in others, and repairing them again, until one is as good as the bound. Where none is, the
+greedily (``repair.py``) for several weights of time against bytes. The cheapest ones are improved, by leaving out some
+of their repeats, or putting in others, and repairing them again, until one is as good as the bound. Where none is, the
 bound is raised, by telling apart what comes when (``cases.py``), and the cheapest one is improved once more.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
