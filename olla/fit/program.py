@@ -123,16 +123,20 @@ def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]
             last[storage] = max(last[storage], after[i])
             if program.kind[k] != READS:
                 changed[storage] = after[i]
-    turn = np.argsort(after, kind="mergesort")
+    before = np.zeros(len(sequence) + 1, np.int64)  # late ops before each op of the sequence
+    for position in after:
+        before[position + 1] += 1
+    before = np.cumsum(before)
     whole = np.empty(len(sequence) + len(after), np.int64)
     owner = np.empty(len(whole), np.int64)
-    at, j = 0, 0
     for position in range(len(sequence)):
-        whole[at], owner[at] = sequence[position], position
-        at += 1
-        while j < len(turn) and after[turn[j]] == position:
-            whole[at], owner[at] = program.late[turn[j]], position
-            at, j = at + 1, j + 1
+        at = position + before[position]
+        whole[at] = sequence[position]
+        owner[at : position + 1 + before[position + 1]] = position
+    for i in range(len(after)):
+        position = after[i]
+        whole[position + 1 + before[position]] = program.late[i]
+        before[position] += 1
     return whole, owner
 
 
