@@ -124,8 +124,8 @@ def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]
             if program.kind[k] != READS:
                 changed[storage] = after[i]
     before = np.zeros(len(sequence) + 1, np.int64)  # late ops before each op of the sequence
-    for position in after:
-        before[position + 1] += 1
+    for place in after:
+        before[place + 1] += 1
     before = np.cumsum(before)
     whole = np.empty(len(sequence) + len(after), np.int64)
     owner = np.empty(len(whole), np.int64)
@@ -134,9 +134,8 @@ def completed(program: Program, sequence: Integers) -> tuple[Integers, Integers]
         whole[at] = sequence[position]
         owner[at : position + 1 + before[position + 1]] = position
     for i in range(len(after)):
-        position = after[i]
-        whole[position + 1 + before[position]] = program.late[i]
-        before[position] += 1
+        whole[after[i] + 1 + before[after[i]]] = program.late[i]
+        before[after[i]] += 1
     return whole, owner
 
 

@@ -90,7 +90,7 @@ def _chains(
                 break  # deeper ones are no longer
             if len(chain) == 0 or cost == np.inf:
                 continue
-            length = len(chain) if depth >= 0 else 0
+            length = 0 if depth == LOAD else len(chain)
             gain = 0.0
             for op in chain:
                 for k in range(program.start[op], program.start[op + 1]):
@@ -156,7 +156,7 @@ def is_needed(program: Program, sequence: Integers, uses: Uses, place: int, budg
 
 @njit(cache=True, nogil=True)
 def uses_in(program: Program, sequence: Integers) -> Uses:
-    """Look at all of the sequence."""
+    """What each op of a sequence is to those before and after it."""
     whole, owner = completed(program, sequence)
     live = np.zeros(len(sequence), np.int64)
     is_awaited = np.zeros(len(sequence), np.bool_)
