@@ -186,7 +186,7 @@ class BackendsTest(ContestTestCase):
         )
         self.assertLessEqual(found["eval", "olla"].peak_bytes, found["eval", "aot_eager"].peak_bytes)
         self.assertLess(found["eval", EAGER].peak_bytes, eager.peak_bytes)
-        text = "\n".join(page._backends(results))
+        text = page.backends(results)
         self.assertIn("| model | eager PyTorch | aot_eager | olla |", text)
         self.assertIn(f"| {peaks['olla'] / 2**20:,.1f} |", text)
         self.assertIn("Of 4 runs compiled with OLLA, 4 had the numbers of eager PyTorch", text)
