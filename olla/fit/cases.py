@@ -39,11 +39,24 @@ class _Case(NamedTuple):
 class Cases:
     """All sequences within a budget, at first together; ``moment`` is the dearest one, ``orders`` what was found."""
 
-    def __init__(self, moments: Moments, orders: Sequence[Integers], budget_bytes: int, moment: Kept) -> None:
+    def __init__(
+        self,
+        moments: Moments,
+        orders: Sequence[Integers],
+        budget_bytes: int,
+        moment: Kept,
+        before: Booleans | None = None,
+    ) -> None:
         self._moments, self._orders, self._budget = moments, orders, budget_bytes
         joint = Joint(np.array([moment.op]), moment.seconds, moment.contents[None], moment.loaded[None])
-        self._cases = [_Case(joint.seconds, 0, joint, moments.before)]  # a heap
+        self._cases = [_Case(joint.seconds, 0, joint, moments.before if before is None else before)]  # a heap
         self._count = 1
+
+    @classmethod
+    def of_order(cls, moments: Moments, order: Integers, budget_bytes: int, moment: Kept) -> Cases:
+        """Those whose ops run for the first time in this order: there is one case, however often it is divided."""
+        place = np.argsort(completed(moments.program, order)[0])
+        return cls(moments, [order], budget_bytes, moment, place[None, :] < place[:, None])
 
     @property
     def bound(self) -> float:
@@ -51,9 +64,9 @@ class Cases:
         return self._cases[0].bound
 
     def divide(self) -> bool:
-        """Divide the case with the lowest bound, by one more moment; False: what it keeps fits wherever it must."""
+        """Divide the case with the lowest bound, by one more moment; False: what it keeps, if it was found, fits."""
         case = self._cases[0]
-        op = self._fullest(case)
+        op = self._fullest()
         if op is None:
             return False
 
@@ -70,19 +83,24 @@ class Cases:
         self._count += len(found)
         return True
 
-    def _fullest(self, case: _Case) -> int | None:
-        """The op whose first run exceeds the budget most if a case keeps what it wants to; None: none does."""
-        program, most = self._moments.program, (0, -1)
-        for known in self._orders if len(case.joint.contents) else ():
-            order = _obeying(known, case.before)
+    def sequences(self) -> Iterator[Integers]:
+        """The orders, in the case with the lowest bound, in which what it does not keep is made again."""
+        program, joint = self._moments.program, self._cases[0].joint
+        for known in self._orders if len(joint.contents) else ():
+            order = _obeying(known, self._cases[0].before)
             place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
-            sequence = unrolled(program, order, place[case.joint.ops], case.joint.contents, case.joint.loaded)
-            if len(sequence) == 0:
-                continue
+            sequence = unrolled(program, order, place[joint.ops], joint.contents, joint.loaded)
+            if len(sequence):
+                yield sequence
+
+    def _fullest(self) -> int | None:
+        """The op whose first run exceeds the budget most in these sequences; None: none does."""
+        program, most = self._moments.program, (0, -1)
+        for sequence in self.sequences():
             whole, _ = completed(program, sequence)
             first, position = np.unique(whole, return_index=True)
             excess = simulated(program, whole)[1][position] - self._budget
-            excess[(first >= program.loads) | np.isin(first, [*case.joint.ops, *program.late])] = 0
+            excess[(first >= program.loads) | np.isin(first, [*self._cases[0].joint.ops, *program.late])] = 0
             most = max(most, (int(excess.max()), int(first[np.argmax(excess)])))
         return most[1] if most[0] > 0 else None
 

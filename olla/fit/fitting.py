@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, product
 from typing import NamedTuple
 
 import numpy as np
@@ -204,6 +204,13 @@ class Fitting:
         self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
         if self._program.loads <= _MANY:
             middle = (time.perf_counter() + deadline) / 2
+            for order in self._orders if is_open() else ():
+                given = Cases.of_order(self._moments, order, budget_bytes, moment)
+                for _ in range(_DIVISIONS):
+                    if time.perf_counter() > middle or not given.divide():
+                        break
+                    for sequence, power in product(given.sequences(), _POWERS):
+                        self._repair(sequence, budget_bytes, power)
             for _ in range(_DIVISIONS):
                 if not is_open() or time.perf_counter() > middle or not cases.divide():
                     break
