@@ -57,7 +57,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 0.16  # of the time limit, each time
+_FITTING = 1 / 3  # of the time limit; steps of thousands of ops need that,
+_FITTING_AGAIN = 1 / 6  # and, from what is known, less
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
@@ -463,8 +464,8 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Sc
     budget, persistent = budget_of(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
-            limit, bandwidth = options.time_limit * _FITTING, _bandwidth(options)
-            room = max(0, budget - persistent)
+            limit = options.time_limit * (_FITTING if known is None else _FITTING_AGAIN)
+            room, bandwidth = max(0, budget - persistent), _bandwidth(options)
             return fitted(graph, found, seconds, room, bandwidth=bandwidth, known=known, time_limit=limit)
         except InfeasibleError as error:
             raise InfeasibleError(
