@@ -148,9 +148,13 @@ class FittingTest(unittest.TestCase):
 
     def test_what_is_needed_cannot_be_taken_out(self) -> None:
         needed = seen = 0
-        for graph, start, seconds, budget in islice(tight_cases(random.Random(3)), 40):
+        small = islice(tight_cases(random.Random(3)), 30)
+        chains = [training(8, in_place=True, drops=drops) for drops in (False, True)]
+        starts = [(graph, olla.schedule(graph), [1.0] * len(graph.ops)) for graph in chains]
+        large = [(*start, start[1].peak_bytes * 2 // 3) for start in starts]
+        for number, (graph, start, seconds, budget) in enumerate([*small, *large]):
             program = program_of(graph)
-            work = Fitting(graph, start, seconds)
+            work = Fitting(graph, start, seconds, bandwidth=Bandwidth(9.0, 9.0) if number % 2 else None)
             try:
                 work.within(budget)
             except InfeasibleError:
@@ -158,8 +162,7 @@ class FittingTest(unittest.TestCase):
             for _, peak, sequence in work._found:
                 uses = uses_in(program, sequence)
                 for place in range(len(sequence)):
-                    without = np.delete(sequence, place)
-                    fits = peak_of(program, without) <= max(peak, budget)
+                    fits = peak_of(program, np.delete(sequence, place)) <= max(peak, budget)
                     needs = is_needed(program, sequence, uses, place, max(peak, budget))
                     self.assertFalse(needs and fits, (graph, sequence, place))
                     needed, seen = needed + needs, seen + (not fits)

@@ -202,21 +202,25 @@ class Fitting:
             return self._cheapest(budget_bytes).extra > cases.bound + _OPEN * self._once
 
         self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
-        if self._program.loads <= _MANY:
+        if is_open() and self._program.loads <= _MANY:
             middle = (time.perf_counter() + deadline) / 2
-            for order in self._orders if is_open() else ():
-                given = Cases.of_order(self._moments, order, budget_bytes, moment)
-                for _ in range(_DIVISIONS):
-                    if time.perf_counter() > middle or not given.divide():
-                        break
-                    for sequence, power in product(given.sequences(), _POWERS):
-                        self._repair(sequence, budget_bytes, power)
+            for order in self._orders:
+                self._start_in(order, budget_bytes, moment, middle)
             for _ in range(_DIVISIONS):
                 if not is_open() or time.perf_counter() > middle or not cases.divide():
                     break
         if is_open():
             self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, _MORE_TRIALS, deadline)
         return cases.bound
+
+    def _start_in(self, order: Integers, budget_bytes: int, moment: Kept, deadline: float) -> None:
+        """Repair what is best kept at more and more moments of a known order."""
+        case = Cases.of_order(self._moments, order, budget_bytes, moment)
+        for _ in range(_DIVISIONS):
+            if time.perf_counter() > deadline or not case.divide():
+                break
+            for sequence, power in product(case.sequences(), _POWERS):
+                self._repair(sequence, budget_bytes, power)
 
     def _improve(self, starts: Sequence[Found], budget_bytes: int, bound: float, trials: int, deadline: float) -> None:
         """Walk from the first of ``starts`` at the same time, or several times from one, and keep what is found."""
