@@ -160,6 +160,8 @@ class FittingTest(unittest.TestCase):
             except InfeasibleError:
                 continue
             for _, peak, sequence in work._found:
+                if not simulated(program, completed(program, sequence)[0])[0]:
+                    continue  # a start that is not sound
                 uses = uses_in(program, sequence)
                 for place in range(len(sequence)):
                     fits = peak_of(program, np.delete(sequence, place)) <= max(peak, budget)
