@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import unittest
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 import olla
 from olla.capture.trial import Footprint, footprint, separable
-from olla.capture.updates import UpdateRecorder
+from olla.capture.updates import UpdateRecorder, chunks
+from olla.torch_private import FakeTensorMode
 
 
 class Net(nn.Module):
@@ -348,6 +350,29 @@ class TrialTest(EagerTestCase):
         self.assert_same([(p.detach(), p.grad) for p in net.parameters()], before, "parameters and gradients")
         self.assertEqual((optimizer.book, optimizer.count.item()), ([], 0))
         self.assertTrue(torch.equal(torch.get_rng_state(), random_state))
+
+
+class ChunksTest(unittest.TestCase):
+    """Bytes of parameters, and how many of them are updated at once."""
+
+    def at_once(self, *sizes: int, device: str) -> list[int]:
+        with FakeTensorMode():
+            pairs = [(torch.empty(size, dtype=torch.uint8, device=device), None) for size in sizes]
+            return [len(chunk) for chunk in chunks(pairs, sum(sizes))]
+
+    def test_on_cpus_what_is_small_beside_all_waits_for_its_neighbours(self) -> None:
+        self.assertEqual(self.at_once(960, 1, 1, 1, 1, 1, 35, device="cpu"), [1, 5, 1])
+
+    def test_on_gpus_as_much_waits_as_the_largest_needs_anyway(self) -> None:
+        self.assertEqual(self.at_once(*[30] * 40, device="cuda"), [1] * 40)
+        self.assertEqual(self.at_once(*[10] * 30, 12, *[10] * 30, device="cuda"), [1] * 61)
+        self.assertEqual(self.at_once(*[10] * 30, 20, *[10] * 30, device="cuda"), [2] * 15 + [1] + [2] * 15)
+
+    def test_on_gpus_the_largest_of_few_does_not_make_all_wait(self) -> None:
+        self.assertEqual(self.at_once(1200, *[10] * 120, device="cuda"), [1] + [10] * 12)
+
+    def test_on_gpus_there_are_never_many_calls(self) -> None:
+        self.assertEqual(self.at_once(*[1] * 1000, device="cuda"), [20] * 50)
 
 
 class FootprintTest(EagerTestCase):

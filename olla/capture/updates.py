@@ -133,7 +133,8 @@ class UpdateRecorder:
 
 
 _SMALL = 200  # neighbours share an update while they are less than this part of all gradients
-_SMALL_ON_GPUS = 50  # where every call launches several kernels
+_SMALL_ON_GPUS = 50  # where every call launches several kernels, which take longer than their work;
+_FEW_ON_GPUS = 24  # or less than the largest of them, which must have room anyway, up to this part
 
 
 def chunks(pairs: Sequence[tuple[Tensor, Value]], total: int) -> Iterator[list[tuple[Tensor, Value]]]:
@@ -141,7 +142,10 @@ def chunks(pairs: Sequence[tuple[Tensor, Value]], total: int) -> Iterator[list[t
 
     ``pairs`` begin with parameters; ``total`` is the size of all gradients, in bytes.
     """
-    small = total // (_SMALL_ON_GPUS if pairs and pairs[0][0].is_cuda else _SMALL)
+    small = total // _SMALL
+    if pairs and pairs[0][0].is_cuda:
+        largest = max(parameter.nbytes for parameter, _ in pairs)
+        small = max(total // _SMALL_ON_GPUS, min(total // _FEW_ON_GPUS, largest))
     chunk: list[tuple[Tensor, Value]] = []
     size = 0
     for pair in pairs:
