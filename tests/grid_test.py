@@ -1,14 +1,15 @@
-"""Buffers of a few sizes are placed in whole units, and what is small around them."""
+"""What is large is placed first, in whole units where sizes are few, and what is small around it."""
 
 from __future__ import annotations
 
 import unittest
+from collections.abc import Iterator
 
 import numpy as np
 
 from olla import Buffer, allocate
 from olla.place.allocate import _Search
-from olla.place.grid import grids
+from olla.place.grid import Grid, grids
 from olla.place.problem import Problem
 
 UNIT, UNITS, STEPS = 605_184, 40, 64
@@ -31,23 +32,36 @@ def dense(seed: int) -> list[Buffer]:
     return [*pieces, *(Buffer(step, step + 1, 64 * int(random.integers(1, 9))) for step in range(STEPS))]
 
 
+def rounded(problem: Problem) -> Iterator[Grid]:
+    return (grid for grid in grids(problem) if grid.is_rounded)
+
+
 class GridTest(unittest.TestCase):
+    def test_first_comes_what_is_large_as_it_is_if_little_is_small(self) -> None:
+        problem = Problem.of(dense(0))
+        finest = next(grids(problem))
+        self.assertFalse(finest.is_rounded)
+        self.assertEqual(finest.large.tolist(), (problem.sizes >= UNIT).tolist())
+        self.assertEqual(finest.problem.bound * finest.unit, UNITS * UNIT)
+        much_is_small = [*dense(0), *[Buffer(STEPS, STEPS + 1, 2_000)] * 130]
+        self.assertNotIn(False, [grid.is_rounded for grid in grids(Problem.of(much_is_small))])
+
     def test_the_unit_is_found(self) -> None:
         problem = Problem.of(dense(0))
-        grid = next(grids(problem))
+        grid = next(rounded(problem))
         self.assertEqual((grid.unit, grid.problem.bound), (UNIT, UNITS))
         self.assertEqual(grid.large.tolist(), (problem.sizes >= UNIT).tolist())
         self.assertEqual(grid.problem.sizes.tolist(), (problem.sizes[grid.large] // UNIT).tolist())
 
     def test_sizes_that_nearly_fit_are_rounded_up(self) -> None:
         buffers = [Buffer(b.lower, b.upper, b.size - (b.size > 3 * UNIT)) for b in dense(1)]
-        grid = next(grids(Problem.of(buffers)))
+        grid = next(rounded(Problem.of(buffers)))
         self.assertEqual(grid.problem.sizes.tolist(), [-(-b.size // UNIT) for b in buffers if b.size > UNIT // 2])
 
-    def test_there_is_none_where_rounding_costs_too_much(self) -> None:
+    def test_nothing_is_rounded_where_that_costs_too_much(self) -> None:
         random = np.random.default_rng(0)
         buffers = [Buffer(k % 7, k % 7 + 3, int(random.integers(10**6, 10**8))) for k in range(60)]
-        self.assertEqual(list(grids(Problem.of(buffers))), [])
+        self.assertEqual(list(rounded(Problem.of(buffers))), [])
 
     def test_there_is_none_around_fixed_buffers(self) -> None:
         fixed = Buffer(0, 1, UNIT, offset=0)

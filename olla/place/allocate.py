@@ -29,6 +29,7 @@ _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one is tried
+_FEWEST_RESTARTS = 3  # where one is enough, or a hundred are in vain
 _UNKNOWN = 2**62
 
 
@@ -110,6 +111,7 @@ class _Search:
         self._gap = gap
         self._deadline = deadline
         self._random, self._others = (np.random.default_rng(seed) for seed in (0, 1))
+        self._blame = np.zeros(len(problem.load), np.int64)
         self.bound = problem.bound
         self.offsets: Integers = np.zeros(len(problem.sizes), np.int64)
         self.top = _UNKNOWN if len(problem.sizes) else 0
@@ -138,6 +140,11 @@ class _Search:
                 self._improve()
             self._bisect()
 
+    def fit(self) -> None:
+        """Try first fits, and mend them until that seems to be in vain."""
+        self._try(first_fits(self._problem), self._deadline)
+        self._try(mended_fits(self._problem, self._others), self._deadline, _IDLE_TRIES)
+
     def _improve_in_rounds(self) -> None:
         """Improve until that seems to be in vain, or what is left to gain is nothing that matters."""
         idle = 0
@@ -150,21 +157,24 @@ class _Search:
                     return
 
     def _search_grids(self) -> None:
-        """Place what is large in whole units, then what is small around it."""
+        """Place what is large by itself, then what is small around it."""
         for grid in grids(self._problem):
             large = _Search(grid.problem, grid.problem.bound, 0.0, self._half_of_the_rest)
-            large.run()
+            if grid.is_rounded:
+                large.run()
+            else:
+                large.fit()
+                large._reach(grid.problem.bound, _FEWEST_RESTARTS)
             if large.top > grid.problem.bound:
                 continue
             rest = _Search(grid.around(self._problem, large.offsets), None, self._gap, self._half_of_the_rest)
-            rest.run()
+            rest.fit()
             self._keep(f"grid of {grid.unit:,} bytes", rest.offsets)
             if self._ended:
                 return
 
     def _bisect(self) -> None:
         """Search for the bound itself, then for what is half way between what was tried in vain and the best."""
-        self._blame = np.zeros(len(self._problem.load), np.int64)
         lowest = self.bound  # below it, it was tried in vain
         target, restarts = (self.bound, _FEW_RESTARTS) if self._capacity is None else (self._capacity, _RESTARTS)
         while not self._ended:
