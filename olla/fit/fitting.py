@@ -35,6 +35,7 @@ __all__ = ["Fitting", "fitted"]
 
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
+_STARTING = 1 / 3  # of the time, for starts, once one of them fits
 _MOMENTS = 24  # that are looked at
 _DIVISIONS = 4  # of the case with the lowest bound
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
@@ -134,8 +135,10 @@ class Fitting:
             return self._start
         if budget_bytes >= self._floor:
             moment = self._dearest(budget_bytes)
-            for _ in self._attempts(budget_bytes, moment):
-                if self._is_settled(budget_bytes, moment.seconds) or time.perf_counter() > deadline:
+            enough = started + _STARTING * time_limit
+            for fits in self._attempts(budget_bytes, moment):
+                is_over = time.perf_counter() > (enough if fits else deadline)
+                if is_over or self._is_settled(budget_bytes, moment.seconds):
                     break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
             raise InfeasibleError(

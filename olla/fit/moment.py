@@ -21,8 +21,8 @@ from olla.order.problem import Integers
 
 __all__ = ["Kept", "Moments"]
 
-# A gap in seconds that need not be proven, of all that are added; presolving makes such small programs no faster.
-_OPTIONS = {"time_limit": 5.0, "mip_rel_gap": 1e-3, "presolve": False}
+# A gap in seconds that need not be proven, of all that are added.
+_OPTIONS = {"time_limit": 5.0, "mip_rel_gap": 1e-3}
 _INFEASIBLE = 2  # as milp says
 
 

@@ -52,12 +52,13 @@ def grids(problem: Problem) -> Iterator[Grid]:
             break
     units = {-(-size // alignment) * alignment for size in sizes[sizes * _UNITS > problem.bound].tolist()}
     for unit in sorted(units, reverse=True):
-        grid = _grid(problem, unit, sizes * 2 >= unit, is_rounded=True)
-        if grid and (sizes % unit).any():
+        grid = _grid(problem, unit, sizes * 2 >= unit, is_rounded=True) if (sizes % unit).any() else None
+        if grid:
             yield grid
 
 
 def _grid(problem: Problem, unit: int, large: npt.NDArray[np.bool_], *, is_rounded: bool) -> Grid | None:
+    """None if nothing is gained, or if that costs too much."""
     if not large.any() or (large.all() and not is_rounded):
         return None
     small, coarse = (problem.ordered(np.flatnonzero(chosen)) for chosen in (~large, large))
