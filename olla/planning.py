@@ -57,8 +57,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 1 / 3  # of the time limit; steps of thousands of ops need that,
-_FITTING_AGAIN = 1 / 6  # and, from what is known, less
+_FITTING = 1 / 4  # of the time limit; steps of thousands of ops need that,
+_FITTING_AGAIN = 1 / 8  # and, from what is known, less
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 

@@ -43,7 +43,8 @@ _MANY = 1_500  # ops, for programs of several moments to stay small
 _CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
 _SETTLED = 1e-3  # of all seconds: as good as the bound
 _TRIALS = 150  # to improve a sequence
-_MORE_TRIALS = 750  # if it is not close to the bound then
+_MORE_TRIALS = 3_000  # if it is not close to the bound then, but no more than
+_TRIALS_PER_OP = 10
 _WALKS = 2  # at a time
 _HEAT = 6e-3  # of all seconds: what a trial may lose in the beginning
 _NEARBY = 40  # ops, in program order
@@ -207,13 +208,14 @@ class Fitting:
         self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
         if is_open() and self._program.loads <= _MANY:
             middle = (time.perf_counter() + deadline) / 2
-            for order in self._orders:
+            for order in () if self._known else self._orders:  # what is known began there
                 self._start_in(order, budget_bytes, moment, middle)
             for _ in range(_DIVISIONS):
                 if not is_open() or time.perf_counter() > middle or not cases.divide():
                     break
         if is_open():
-            self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, _MORE_TRIALS, deadline)
+            trials = min(_MORE_TRIALS, _TRIALS_PER_OP * self._program.loads)
+            self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, trials, deadline)
         return cases.bound
 
     def _start_in(self, order: Integers, budget_bytes: int, moment: Kept, deadline: float) -> None:
