@@ -109,7 +109,7 @@ class Moments:
         if room < 0 or found.status == _INFEASIBLE:
             return Kept(op, np.inf, there, there)
         bound = found.mip_dual_bound if integer else found.fun
-        seconds = 0.0 if bound is None else max(0.0, bound * unit)
+        seconds = 0.0 if bound is None or not np.isfinite(bound) else max(0.0, bound * unit)
         if found.x is None:
             return Kept(op, seconds, there, np.zeros(count, np.bool_))
         chosen = found.x > 1 / 2

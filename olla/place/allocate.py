@@ -29,7 +29,7 @@ _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one is tried
-_FEWEST_RESTARTS = 3  # where the first is nearly always enough, or a hundred are in vain
+_FEWEST_RESTARTS = 3  # where the first is enough, as a rule, or sixty are in vain
 _UNKNOWN = 2**62
 
 
