@@ -56,9 +56,12 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_ORDERING = (
+    1 / 8
+)  # of the time limit, where a budget is to be kept: repeats will save more than the last byte of an order
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 1 / 4  # of the time limit; steps of thousands of ops need that,
-_FITTING_AGAIN = 1 / 8  # and, from what is known, less
+_FITTING = 0.24  # of the time limit; steps of thousands of ops need that,
+_FITTING_AGAIN = 0.12  # and, from what is known, less
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
@@ -451,20 +454,21 @@ def _is_best(plan: Plan, options: Options) -> bool:
 
 def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None) -> Schedule:
     """The order that the options ask for; within a budget, ``known`` is where the search begins, too."""
+    limit = options.time_limit
     if not options.reorder:
         found = program_order(graph)
     else:
         with stage(f"ordering {len(graph.ops):,} ops", options.progress):
-            found = schedule(graph, time_limit=options.time_limit)
+            found = schedule(graph, time_limit=limit if options.memory_budget is None else limit * _ORDERING)
         if options.solver is not None:
             with stage(f"ordering with {options.solver}", options.progress):
-                found = improved_order(graph, found, solver=options.solver, time_limit=options.time_limit)
+                found = improved_order(graph, found, solver=options.solver, time_limit=limit)
     if options.memory_budget is None:
         return found
     budget, persistent = budget_of(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
-            limit = options.time_limit * (_FITTING if known is None else _FITTING_AGAIN)
+            limit *= _FITTING if known is None else _FITTING_AGAIN
             room, bandwidth = max(0, budget - persistent), _bandwidth(options)
             return fitted(graph, found, seconds, room, bandwidth=bandwidth, known=known, time_limit=limit)
         except InfeasibleError as error:

@@ -18,7 +18,7 @@ from olla import Graph, InfeasibleError, Op, Plan, Schedule, Storage
 from olla.fit.fitting import Fitting, fitted
 from olla.fit.frontier import frontier
 from olla.fit.program import as_sequence, completed, program_of, simulated
-from olla.fit.repair import is_needed, peak_of, uses_in
+from olla.fit.repair import is_needed, peak_of, unrolled, uses_in
 from olla.fit.spill import Bandwidth
 from olla.graph.check import verify
 from olla.ilp import fit
@@ -169,6 +169,36 @@ class FittingTest(unittest.TestCase):
                     self.assertFalse(needs and fits, (graph, sequence, place))
                     needed, seen = needed + needs, seen + (not fits)
         self.assertGreater(needed, seen // 2)
+
+    def test_what_cannot_be_made_again_is_kept_for_ops_that_do_not_depend_on_the_moment(self) -> None:
+        storages = (Storage("random generator", 0, persistent=True), *(Storage(name, 8) for name in "abcd"))
+        ops = (
+            Op("draw", creates=(1,), writes=(0,)),
+            Op("moment", creates=(2,)),
+            Op("read what was drawn", creates=(3,), reads=(1,)),
+            Op("join", creates=(4,), reads=(2, 3)),
+        )
+        self.assertEqual(self.unrolled_at(Graph(ops, storages, outputs=(4,)), 1), [0, 1, 2, 3])
+
+    def test_what_is_made_along_with_what_an_update_needs_does_not_spoil_it(self) -> None:
+        storages = (Storage("weight", 8, persistent=True), *(Storage(name, 8) for name in ("gw", "gx", "b", "c")))
+        ops = (
+            Op("backward", creates=(1, 2)),
+            Op("accumulate", writes=(1,)),
+            Op("moment", creates=(3,)),
+            Op("read gx", creates=(4,), reads=(2, 3)),
+            Op("update", reads=(1,), writes=(0,)),
+        )
+        self.assertEqual(self.unrolled_at(Graph(ops, storages, outputs=(4,)), 2), [0, 1, 2, 0, 3, 1])
+
+    def unrolled_at(self, graph: Graph, place: int) -> list[int]:
+        """Program order, without late ops, in which only what the op at a place makes is kept there; it is sound."""
+        program = program_of(graph)
+        kept = (program.maker == place)[None]
+        order = as_sequence(program, range(len(graph.ops)))
+        sequence = unrolled(program, order, np.array([place]), kept, np.zeros_like(kept))
+        self.assertTrue(simulated(program, completed(program, sequence)[0])[0])
+        return list(map(int, sequence))
 
     @unittest.skipUnless("cpsat" in available(), "CP-SAT is not installed")
     def test_small_graphs_cost_seldom_more_than_the_optimum(self) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from olla.backend.compiled import CompiledGraph
 from olla.backend.inductor import compiled_by_inductor
-from olla.backend.joint import Joint, joint_of, require_fixed_sizes, schedule_of
+from olla.backend.joint import Joint, bytes_without_olla, joint_of, require_fixed_sizes, schedule_of
 from olla.backend.optimizer import BackwardOptimizer
 from olla.backend.split import split
 from olla.backend.updates import insert_updates
@@ -22,6 +22,7 @@ from olla.capture.costs import estimated_seconds
 from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
 from olla.errors import InvalidOptionError
+from olla.fit.budget import bytes_of
 from olla.graph.check import verify
 from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
@@ -45,8 +46,8 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
         What ``torch.compile`` gives.
     options
         ``memory_budget``: what forward and backward may hold at once, parameters and inputs included, in bytes
-        (``"6GiB"``), or as a share of what they hold in eager PyTorch (``0.5``); what is not kept is computed again
-        in backward. ``time_limit``: seconds for planning. ``place``: whether to run at planned addresses, from the
+        (``"6GiB"``), or as a share (``0.5``) of what they hold as PyTorch divides them, or in the model's own order if
+        that is less; what is not kept is computed again in backward. ``time_limit``: seconds for planning. ``place``: whether to run at planned addresses, from the
         third step on, where that is possible (else a warning says why not). ``optimizer``: updates each parameter
         inside backward, as soon as its gradient exists and nobody needs the parameter, from the second step on;
         ``optimizer.step()`` stays in the loop, and updates the others. ``codegen``: ``"eager"``, for the operators and
@@ -110,14 +111,19 @@ class _Planner:
         joint = joint_of(module, num_fwd_outputs)
         if self._options.memory_budget is not None:
             joint = replace(joint, lowered=with_measured_workspaces(joint.lowered))
-        found = self._planned(joint, parts)
+        theirs = schedule_of(joint, parts)
+        options = self._options
+        if options.memory_budget is not None:
+            budget = bytes_of(options.memory_budget, bytes_without_olla(joint, theirs))
+            options = replace(options, memory_budget=budget)
+        found = _planned(joint, theirs, options)
         plan = Plan.of(joint.lowered.graph, found)
         verify(joint.lowered.graph, plan)
 
         def emitted(**told: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
             return split(emit(module, joint.lowered, found.order, **told), num_fwd_outputs)
 
-        self._compiled = CompiledGraph(joint.lowered, plan, emitted, num_fwd_outputs, self._options)
+        self._compiled = CompiledGraph(joint.lowered, plan, emitted, num_fwd_outputs, options)
         return emitted()
 
     def part(self, number: int, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
@@ -139,11 +145,10 @@ class _Planner:
 
         return CompiledGraph(lowered, plan, emitted, 0, self._options).part(0, *emitted())
 
-    def _planned(self, joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
-        """Within the budget; without one, as PyTorch divides it, which computes again, too, unless there is better."""
-        graph, seconds = joint.lowered.graph, estimated_seconds(joint.lowered)
-        found = closest(graph, seconds, self._options)
-        if self._options.memory_budget is not None:
-            return found
-        theirs = schedule_of(joint, parts)
-        return found if found.peak_bytes < (1 - _CLOSE) * theirs.peak_bytes else theirs
+
+def _planned(joint: Joint, theirs: Schedule, options: Options) -> Schedule:
+    """Within the budget; without one, as PyTorch divides it, which computes again, too, unless there is better."""
+    found = closest(joint.lowered.graph, estimated_seconds(joint.lowered), options)
+    if options.memory_budget is not None:
+        return found
+    return found if found.peak_bytes < (1 - _CLOSE) * theirs.peak_bytes else theirs

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from olla.backend.joint import device_of, joint_of, require_fixed_sizes, schedule_of
+from olla.backend.joint import bytes_without_olla, device_of, joint_of, require_fixed_sizes, schedule_of
 from olla.backend.kernels import ordered, peak_of
 from olla.backend.observed import Observed
 from olla.backend.split import split
@@ -18,7 +18,6 @@ from olla.errors import InfeasibleError
 from olla.fit.budget import bytes_of
 from olla.fit.fitting import fitted
 from olla.graph.check import verify
-from olla.graph.lifetimes import eager_peak_bytes
 from olla.graph.plan import Plan
 from olla.order.schedule import schedule
 from olla.planning import Options
@@ -57,14 +56,16 @@ class _TracedError(Exception):
 def _budget(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> tuple[int | None, int]:
     """The budget in bytes, and what of it are parameters and inputs: None without one, or if there is no backward.
 
-    A share is one of what the operators of eager PyTorch hold; Inductor's, taken apart, would hold more.
+    A share is one of what the operators of the model hold; Inductor's, taken apart, would hold more.
     """
     if options.memory_budget is None:
         return None, 0
 
-    def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
-        require_fixed_sizes(joint)
-        raise _TracedError(joint_of(joint, num_fwd_outputs).lowered.graph)
+    def partition(module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
+        require_fixed_sizes(module)
+        parts = min_cut(module, inputs, num_fwd_outputs)
+        joint = joint_of(module, num_fwd_outputs)
+        raise _TracedError(joint.lowered.graph.persistent_bytes, bytes_without_olla(joint, schedule_of(joint, parts)))
 
     def infer(*_: Any) -> Any:
         raise _TracedError
@@ -75,9 +76,8 @@ def _budget(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
         if not seen.args:
             bytes_of(options.memory_budget, 1)  # which raises if it cannot be read
             return None, 0
-        (graph,) = seen.args
-    persistent = graph.persistent_bytes
-    return bytes_of(options.memory_budget, persistent + eager_peak_bytes(graph)), persistent
+        persistent, held = seen.args
+    return bytes_of(options.memory_budget, held), persistent
 
 
 @dataclass

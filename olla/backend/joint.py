@@ -20,11 +20,11 @@ from olla.capture.lower import Lowered, is_random, lower_module, tensors_of, wri
 from olla.capture.reuse import reuse
 from olla.errors import CaptureError
 from olla.graph.graph import Graph, Storage
-from olla.graph.lifetimes import peak_bytes
+from olla.graph.lifetimes import eager_peak_bytes, peak_bytes
 from olla.graph.plan import Schedule
 from olla.torch_private import flatten, is_tangent, storage_key
 
-__all__ = ["Joint", "boundary", "device_of", "joint_of", "require_fixed_sizes", "schedule_of"]
+__all__ = ["Joint", "boundary", "bytes_without_olla", "device_of", "joint_of", "require_fixed_sizes", "schedule_of"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,16 @@ def schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
     order = _with_updates(joint.lowered, [*forward, joint.boundary, *backward])
     peak = peak_bytes(joint.lowered.graph, order)
     return Schedule(order, peak, 0, "min-cut partition", 0.0)
+
+
+def bytes_without_olla(joint: Joint, theirs: Schedule) -> int:
+    """What forward and backward hold, parameters and inputs included, before there is a budget.
+
+    That is the model's own order, or PyTorch's division of it, ``theirs``, if that needs less: what the model writes
+    in place is not in place in a joint graph, so its own order can hold some results twice.
+    """
+    graph = joint.lowered.graph
+    return graph.persistent_bytes + min(eager_peak_bytes(graph), theirs.peak_bytes)
 
 
 def _with_updates(lowered: Lowered, order: list[int]) -> tuple[int, ...]:

@@ -127,6 +127,7 @@ class Fitting:
         self._known = [] if known is None else [with_loads(program, known.order, known.spills)]
         self._moments = Moments(program, self._seconds)
         self._found: list[Found] = []
+        self._compile()
 
     def within(self, budget_bytes: int, *, time_limit: float = 30.0) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
@@ -162,6 +163,12 @@ class Fitting:
             extra,
             min(extra, bound),
         )
+
+    def _compile(self) -> None:
+        """Have all compiled code ready before time counts: the first time ever, it takes a minute."""
+        order, nothing = self._orders[0], np.zeros((1, len(self._program.maker)), np.bool_)
+        unrolled(self._program, order, np.full(1, len(order)), nothing, nothing)
+        repaired(self._program, order, self._seconds, self._start.peak_bytes, 1.0)
 
     def _dearest(self, budget_bytes: int) -> Kept:
         """What to keep at the moment that costs most: one of those with most in memory, if nothing is dropped."""

@@ -315,23 +315,28 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
     """The order in which what was not kept at one of ``places`` is made again, or loaded, right before it is needed.
 
     Or right before the next of the places, if it is kept there. ``kept`` and ``loaded`` have a row for each place, by
-    index in ``program.maker``. Empty: what to keep cannot be kept together.
+    index in ``program.maker``. What cannot be made again is always kept: ops that do not depend on a place may read it
+    later; and what the caller or late ops read is there in the end. Empty: what to keep cannot be kept together.
     """
     version = np.zeros(len(program.sizes), np.int64)
     there = np.zeros(len(program.sizes), np.bool_)
     seen = np.zeros(program.loads, np.bool_)
     sequence = np.empty(_LONGEST + len(order), np.int64)
     length, passed = 0, 0
-    for position in range(len(order)):
+    for position in range(len(order) + 1):
         if passed < len(places) and position == places[passed] + 1:
             for storage in range(len(there)):
                 first = program.maker_start[storage]
                 if there[storage] and first < program.maker_start[storage + 1]:
-                    there[storage] = kept[passed, first + version[storage] - 1]
+                    content = first + version[storage] - 1
+                    there[storage] = kept[passed, content] or _runs_once(program, program.maker[content])
             passed += 1
-        for target in _targets(
-            program, order[position], passed < len(places) and position == places[passed], kept[passed % len(places)]
-        ):
+        if position == len(order):
+            targets = _last_targets(program)
+        else:
+            is_place = passed < len(places) and position == places[passed]
+            targets = _targets(program, order[position], is_place, kept[passed % len(places)])
+        for target in targets:
             is_content = target >= program.loads
             stack = [target]
             if is_content:
@@ -378,6 +383,16 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
 
 
 @njit(cache=True, nogil=True)
+def _runs_once(program: Program, op: int) -> bool:
+    """Whether an op changes what lives across steps, and not only when it first runs."""
+    for k in range(program.start[op], program.start[op + 1]):
+        storage = program.storage[k]
+        if program.kind[k] == WRITES and program.maker_start[storage] == program.maker_start[storage + 1]:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
 def _targets(program: Program, op: int, is_place: bool, kept: Booleans) -> Integers:
     """What to run next: loads of what is to be kept beside ``op``, if that is a place, and then ``op``."""
     targets = np.empty(len(kept) + 1, np.int64)
@@ -390,3 +405,18 @@ def _targets(program: Program, op: int, is_place: bool, kept: Booleans) -> Integ
             length += 1
     targets[length] = op
     return targets[: length + 1]
+
+
+@njit(cache=True, nogil=True)
+def _last_targets(program: Program) -> Integers:
+    """Loads of the contents that late ops and the caller read."""
+    wanted = np.zeros(len(program.maker), np.bool_)
+    for op in program.late:
+        for k in range(program.start[op], program.start[op + 1]):
+            storage = program.storage[k]
+            if program.maker_start[storage] < program.maker_start[storage + 1]:
+                wanted[program.maker_start[storage] + program.version[k] - 1] = True
+    for storage in program.outputs:
+        if program.maker_start[storage] < program.maker_start[storage + 1]:
+            wanted[program.maker_start[storage + 1] - 1] = True
+    return program.loads + np.flatnonzero(wanted)
