@@ -47,11 +47,12 @@ def olla(module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, An
     options
         ``memory_budget``: what forward and backward may hold at once, parameters and inputs included, in bytes
         (``"6GiB"``), or as a share (``0.5``) of what they hold as PyTorch divides them, or in the model's own order if
-        that is less; what is not kept is computed again in backward. ``time_limit``: seconds for planning. ``place``: whether to run at planned addresses, from the
-        third step on, where that is possible (else a warning says why not). ``optimizer``: updates each parameter
-        inside backward, as soon as its gradient exists and nobody needs the parameter, from the second step on;
-        ``optimizer.step()`` stays in the loop, and updates the others. ``codegen``: ``"eager"``, for the operators and
-        the bits of eager PyTorch (the default), or ``"inductor"``, for the kernels of PyTorch Inductor.
+        that is less; what is not kept is computed again in backward. ``time_limit``: seconds for planning. ``place``:
+        whether to run at planned addresses, from the third step on, where that is possible (else a warning says why
+        not). ``optimizer``: updates each parameter inside backward, as soon as its gradient exists and nobody needs
+        the parameter, from the second step on; ``optimizer.step()`` stays in the loop, and updates the others.
+        ``codegen``: ``"eager"``, for the operators and the bits of eager PyTorch (the default), or ``"inductor"``, for
+        the kernels of PyTorch Inductor.
 
     Raises
     ------
