@@ -97,6 +97,14 @@ class FittingTest(unittest.TestCase):
             seen += 1
         self.assertGreater(seen, CASES // 2)
 
+    def test_an_error_says_whether_time_was_over(self) -> None:
+        graph = training(12)
+        work = Fitting(graph, olla.schedule(graph), [1.0] * len(graph.ops))
+        with self.assertRaisesRegex(InfeasibleError, "time was over"):
+            work.within(0, time_limit=0.0)
+        with self.assertRaisesRegex(InfeasibleError, r"needs \d+\)$"):
+            work.within(0)
+
     def test_a_curve_falls(self) -> None:
         graph = training(16, in_place=True)
         found = frontier(graph, olla.schedule(graph), [1.0] * len(graph.ops), points=8)

@@ -88,7 +88,8 @@ def fitted(
     Raises
     ------
     InfeasibleError
-        If nothing was found that fits; ``best_bytes`` is about the smallest peak that can be reached.
+        If nothing was found that fits; ``best_bytes`` is about the smallest peak that can be reached, unless it says
+        that time was over.
     """
     work = Fitting(graph, start, seconds, bandwidth=bandwidth, known=known)
     return work.within(budget_bytes, time_limit=time_limit)
@@ -143,8 +144,9 @@ class Fitting:
                 if is_over or self._is_settled(budget_bytes, moment.seconds):
                     break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
+            hint = "; time was over, more may find less" if time.perf_counter() > deadline else ""
             raise InfeasibleError(
-                f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,})",
+                f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,}{hint})",
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
