@@ -80,7 +80,6 @@ def language(model_class: str, config_class: str, *, length: int = 128, **config
         transformers.logging.set_verbosity_error()
         settings = getattr(transformers, config_class)(use_cache=False, **config)
         model = getattr(transformers, model_class)(settings)
-        model.loss_type = model.loss_type or "ForCausalLM"  # its default; unsaid, a warning breaks the graph there
         ids = torch.randint(5, settings.vocab_size, (batch, length))
         return Workload(model, {"input_ids": ids, "labels": ids.clone()})
 

@@ -144,9 +144,11 @@ class Fitting:
                 if is_over or self._is_settled(budget_bytes, moment.seconds):
                     break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
-            hint = "; time was over, more may find less" if time.perf_counter() > deadline else ""
+            pinned = f"{self._pinned} needs {self._floor:,}"
+            if time.perf_counter() > deadline:
+                pinned += "; time was over, more may find less"
             raise InfeasibleError(
-                f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({self._pinned} needs {self._floor:,}{hint})",
+                f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({pinned})",
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
