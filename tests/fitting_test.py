@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import unittest
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 from fit_form_test import chain, least_bytes
@@ -104,6 +108,25 @@ class FittingTest(unittest.TestCase):
             work.within(0, time_limit=0.0)
         with self.assertRaisesRegex(InfeasibleError, r"needs \d+\)$"):
             work.within(0)
+
+    @unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "compiles the planners anew: RUN_SKIPPED=1 runs it")
+    def test_compiling_is_not_counted(self) -> None:
+        code = (
+            "import sys; sys.path.append(sys.argv[1])\n"
+            "from fitting_test import Fitting, olla, training\n"
+            "from graphs import tangled\n"
+            "graph = training(12)\n"
+            "start = olla.schedule(graph, time_limit=5)\n"
+            "work = Fitting(graph, start, [1.0] * len(graph.ops))\n"
+            "print(work.within(start.peak_bytes // 2, time_limit=5).peak_bytes <= start.peak_bytes // 2)\n"
+            "other = olla.schedule(tangled(16, 1), time_limit=5)\n"
+            "print(other.peak_bytes == other.lower_bound_bytes)"
+        )
+        with tempfile.TemporaryDirectory() as fresh:
+            environment = {**os.environ, "NUMBA_CACHE_DIR": fresh}
+            command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)]
+            found = subprocess.run(command, env=environment, capture_output=True, text=True)
+        self.assertEqual((found.stdout, found.returncode), ("True\nTrue\n", 0), found.stderr)
 
     def test_a_curve_falls(self) -> None:
         graph = training(16, in_place=True)

@@ -172,7 +172,7 @@ class Fitting:
         """Have all compiled code ready before time counts: the first time ever, it takes a minute."""
         order, nothing = self._orders[0], np.zeros((1, len(self._program.maker)), np.bool_)
         unrolled(self._program, order, np.full(1, len(order)), nothing, nothing)
-        repaired(self._program, order, self._seconds, self._start.peak_bytes, 1.0)
+        repaired(self._program, order, self._seconds, 2**62, 1.0)
 
     def _dearest(self, budget_bytes: int) -> Kept:
         """What to keep at the moment that costs most: one of those with most in memory, if nothing is dropped."""

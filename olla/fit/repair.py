@@ -78,10 +78,13 @@ def _chains(
                 relief[storages[i]] += max(0, min(program.sizes[storages[i]], profile[step] - budget))
     places, chains = [np.int64(0) for _ in range(0)], [sequence for _ in range(0)]
     promise, costs = [0.0 for _ in range(0)], [0.0 for _ in range(0)]
-    goals = np.unique(after)
+    goal_of = np.zeros(len(sequence), np.int64)  # of each position where something is needed, a number
+    goal_of[after] = 1
+    goals = np.flatnonzero(goal_of)
+    goal_of[goals] = np.arange(len(goals))
     versions, waits = states(program, sequence, goals)
-    for i in np.argsort(after, kind="mergesort"):
-        goal = np.searchsorted(goals, after[i])
+    for i in range(len(after)):
+        goal = goal_of[after[i]]
         length = 0
         for depth in DEPTHS:
             chain = chain_of(program, versions[goal], waits[goal], sequence[after[i]], storages[i], depth)
