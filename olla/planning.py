@@ -38,6 +38,7 @@ from olla.show.progress import stage
 from olla.torch_private import is_collective
 
 __all__ = [
+    "ORDERING",
     "Draft",
     "Options",
     "addressed",
@@ -56,9 +57,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_ORDERING = (
-    1 / 8
-)  # of the time limit, where a budget is to be kept: repeats will save more than the last byte of an order
+ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
 _FITTING = 0.24  # of the time limit; steps of thousands of ops need that,
 _FITTING_AGAIN = 0.12  # and, from what is known, less
@@ -459,7 +458,7 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Sc
         found = program_order(graph)
     else:
         with stage(f"ordering {len(graph.ops):,} ops", options.progress):
-            found = schedule(graph, time_limit=limit if options.memory_budget is None else limit * _ORDERING)
+            found = schedule(graph, time_limit=limit if options.memory_budget is None else limit * ORDERING)
         if options.solver is not None:
             with stage(f"ordering with {options.solver}", options.progress):
                 found = improved_order(graph, found, solver=options.solver, time_limit=limit)

@@ -26,7 +26,7 @@ from olla.fit.budget import bytes_of
 from olla.graph.check import verify
 from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
-from olla.planning import Options, closest
+from olla.planning import ORDERING, Options, closest
 from olla.run.emit import emit
 from olla.torch_private import Boxed, aot_backend, min_cut
 
@@ -149,7 +149,8 @@ class _Planner:
 
 def _planned(joint: Joint, theirs: Schedule, options: Options) -> Schedule:
     """Within the budget; without one, as PyTorch divides it, which computes again, too, unless there is better."""
-    found = closest(joint.lowered.graph, estimated_seconds(joint.lowered), options)
+    graph = joint.lowered.graph
     if options.memory_budget is not None:
-        return found
+        return closest(graph, estimated_seconds(joint.lowered), options)
+    found = schedule(graph, time_limit=options.time_limit * ORDERING)
     return found if found.peak_bytes < (1 - _CLOSE) * theirs.peak_bytes else theirs
