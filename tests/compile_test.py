@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
-from bench.models import classification_loss, segmentation_loss
+from bench.models import MODELS, classification_loss, flow_loss, segmentation_loss
 from olla.backend import backend
 from olla.backend.backend import olla
 from olla.errors import CaptureError, InvalidBudgetError, InvalidOptionError
@@ -386,6 +386,20 @@ class Budgets(CompiledTestCase):
         # Before 2.13, AOTAutograd holds the gradient of the output, which eager PyTorch drops, until backward ends.
         held = 512 * CLASSES * 4 if torch.__version__ < (2, 13) else 0
         self.assertLessEqual(persistent + self.peak_of(step) - held, 0.6 * (persistent + self.peak_of(eager_step)))
+
+    @slow
+    def test_raft_whose_backward_uses_many_gradients_of_its_results(self) -> None:
+        workload = MODELS["raft_small"](1)
+
+        def call(net: nn.Module) -> Tensor:
+            return flow_loss(net(*workload.inputs), workload.targets)
+
+        eager, eager_step = self.step_of(workload.model, call)
+        planned, step = self.step_of(workload.model, call, backend=olla, options={"memory_budget": 0.6})
+        for number in range(2):
+            self.assert_same(step(), eager_step(), f"step {number}")
+            self.assert_same(planned.state_dict(), eager.state_dict(), f"state after step {number}")
+        self.assertLessEqual(self.peak_of(step), 0.6 * self.peak_of(eager_step))
 
     def test_batch_norms_are_run_again_and_count_once(self) -> None:
         blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()) for _ in range(4)]

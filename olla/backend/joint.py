@@ -177,8 +177,8 @@ def schedule_of(joint: Joint, parts: Sequence[fx.GraphModule]) -> Schedule:
 def bytes_without_olla(joint: Joint, theirs: Schedule) -> int:
     """What forward and backward hold, parameters and inputs included, before there is a budget.
 
-    That is the model's own order, or PyTorch's division of it, ``theirs``, if that needs less: what the model writes
-    in place is not in place in a joint graph, so its own order can hold some results twice.
+    That is the model's own order, or PyTorch's division of it, ``theirs``, if that needs less, because it runs some
+    operators again.
     """
     graph = joint.lowered.graph
     return graph.persistent_bytes + min(eager_peak_bytes(graph), theirs.peak_bytes)
