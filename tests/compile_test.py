@@ -389,17 +389,18 @@ class Budgets(CompiledTestCase):
 
     @slow
     def test_raft_whose_backward_uses_many_gradients_of_its_results(self) -> None:
+        """Its numbers are those of ``aot_eager``, because ``torch.compile`` takes bilinear interpolation apart."""
         workload = MODELS["raft_small"](1)
 
         def call(net: nn.Module) -> Tensor:
             return flow_loss(net(*workload.inputs), workload.targets)
 
-        eager, eager_step = self.step_of(workload.model, call)
+        plain, plain_step = self.step_of(workload.model, call, backend="aot_eager")
         planned, step = self.step_of(workload.model, call, backend=olla, options={"memory_budget": 0.6})
         for number in range(2):
-            self.assert_same(step(), eager_step(), f"step {number}")
-            self.assert_same(planned.state_dict(), eager.state_dict(), f"state after step {number}")
-        self.assertLessEqual(self.peak_of(step), 0.6 * self.peak_of(eager_step))
+            self.assert_same(step(), plain_step(), f"step {number}")
+            self.assert_same(planned.state_dict(), plain.state_dict(), f"state after step {number}")
+        self.assertLessEqual(self.peak_of(step), 0.6 * self.peak_of(plain_step))
 
     def test_batch_norms_are_run_again_and_count_once(self) -> None:
         blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()) for _ in range(4)]
