@@ -10,7 +10,7 @@ from bench.models import MODELS, Workload
 from bench.peers import EAGER, Change
 from bench.training import SUBJECTS, Subject, Training
 
-BUDGET = 0.6  # of what forward and backward hold as PyTorch runs them, parameters and optimizer included
+BUDGET = 0.6  # of what forward and backward hold without OLLA, parameters and the optimizer's state included
 WITHIN = f"olla, the same within {BUDGET}"  # as the one above it, which has no budget
 _GPT2 = "gpt2_6x384"
 _BATCHES = {

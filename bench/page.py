@@ -34,9 +34,10 @@ Eager and planned steps in turn, in one process. Peaks are the allocator's, step
 _COMPILED = """\
 One training step, and one inference, with `torch.compile`, by its backend, at batch {} to {}: the measured peak, in
 MiB, above what lives across steps. The loss of models for images, and the optimizer, are outside of what is compiled,
-unless OLLA updates parameters in backward. A budget of {} is a share of what forward and backward hold as PyTorch
-divides them, parameters and the optimizer's state included, as is the share of eager PyTorch's bytes that was held
-then; where the smallest one that is found is larger, that one is kept."""
+unless OLLA updates parameters in backward. A budget of {} is a share of what forward and backward hold as
+`aot_eager` divides them, or in the model's own order if that is less, parameters and the optimizer's state included.
+So these are in the last column, which is a share of what eager PyTorch was measured to hold. Where the smallest budget
+that is found is larger, that one is kept."""
 _PEERS = """\
 Training, all contenders in turn in one process: peaks above what lives across steps, and times relative to the step
 of eager PyTorch in the same round, with a malloc that keeps its memory. *Planned extra* is the time that OLLA's plan

@@ -20,7 +20,7 @@ from olla.fit.fitting import fitted
 from olla.graph.check import verify
 from olla.graph.plan import Plan
 from olla.order.schedule import schedule
-from olla.planning import Options
+from olla.planning import ORDERING, Options
 from olla.run.emit import emit
 from olla.torch_private import Boxed, Kernel, aot_backend, inductor_planned, is_tangent, min_cut, storage_key
 
@@ -113,7 +113,7 @@ class _Planner:
         room = max(0, budget - self.persistent)
         if schedule_of(joint, parts).peak_bytes <= room:
             return parts
-        start, seconds = schedule(graph, time_limit=limit), estimated_seconds(joint.lowered)
+        start, seconds = schedule(graph, time_limit=limit * ORDERING), estimated_seconds(joint.lowered)
         try:
             found = fitted(graph, start, seconds, room, time_limit=limit)
         except InfeasibleError as error:  # fused, it may fit all the same

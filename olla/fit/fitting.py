@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import cycle, product
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from olla.fit.moment import Kept, Moments
 from olla.fit.program import as_sequence, completed, program_of, simulated, spilled, with_loads
 from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, states, unrolled, waiting
 from olla.fit.spill import Bandwidth, belady
-from olla.graph.graph import Graph
+from olla.graph.graph import Graph, Op, Storage
 from olla.graph.lifetimes import least_bytes, peak_bytes
 from olla.graph.plan import Schedule
 from olla.order.problem import Integers
@@ -128,7 +129,7 @@ class Fitting:
         self._known = [] if known is None else [with_loads(program, known.order, known.spills)]
         self._moments = Moments(program, self._seconds)
         self._found: list[Found] = []
-        self._compile()
+        _compile()
 
     def within(self, budget_bytes: int, *, time_limit: float = 30.0) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
@@ -167,12 +168,6 @@ class Fitting:
             extra,
             min(extra, bound),
         )
-
-    def _compile(self) -> None:
-        """Have all compiled code ready before time counts: the first time ever, it takes a minute."""
-        order, nothing = self._orders[0], np.zeros((1, len(self._program.maker)), np.bool_)
-        unrolled(self._program, order, np.full(1, len(order)), nothing, nothing)
-        repaired(self._program, order, self._seconds, 2**62, 1.0)
 
     def _dearest(self, budget_bytes: int) -> Kept:
         """What to keep at the moment that costs most: one of those with most in memory, if nothing is dropped."""
@@ -330,6 +325,15 @@ class Fitting:
         once = np.unique(sequence[sequence < self._program.loads])
         extra = float(self._seconds[sequence].sum() - self._seconds[once].sum())
         return Found(max(0.0, extra), peak_of(self._program, sequence), sequence)
+
+
+@cache
+def _compile() -> None:
+    """Have all compiled code ready before time counts; the first time ever, that takes a minute."""
+    program = program_of(Graph((Op("a", (0,)),), (Storage("", 1),)))
+    order, kept = as_sequence(program, [0]), np.ones((1, 1), np.bool_)
+    unrolled(program, order, order, kept, kept)
+    repaired(program, order, np.ones(2), 1, 1.0)
 
 
 def _cost(found: Found) -> tuple[float, int]:

@@ -72,12 +72,12 @@ def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans) -> J
         highest[columns[~can_load]] = 0
     rows = _Rows()
     interval = np.arange(count)[:, None]
-    highest[runs[(interval < first) | (moments.runs_once & (interval > last))]] = 0
+    highest[runs[(interval < first) | (moments.program.runs_once & (interval > last))]] = 0
     is_fixed = first == last
     lowest[runs[first[is_fixed], np.flatnonzero(is_fixed)]] = 1
     cost[runs[first[is_fixed], np.flatnonzero(is_fixed)]] = 0
     for op in np.flatnonzero(~is_fixed):
-        rows.add(1, 1 if moments.runs_once[op] else np.inf, (runs[first[op] : last[op] + 1, op][None], 1))
+        rows.add(1, 1 if moments.program.runs_once[op] else np.inf, (runs[first[op] : last[op] + 1, op][None], 1))
     free = float(of_op[~is_fixed].sum())  # of first runs
 
     needed, made = moments.needed, program.maker[moments.needed]

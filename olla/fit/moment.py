@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from olla.fit.program import CREATES, LOADS, READS, WRITES, Booleans, Floats, Program
+from olla.fit.program import CREATES, LOADS, READS, Booleans, Floats, Program
 from olla.order.problem import Integers
 
 __all__ = ["Kept", "Moments"]
@@ -47,8 +47,6 @@ class Moments:
         needs = is_made & (program.kind != CREATES) & (program.kind != LOADS)
         self.reader = owner[needs]
         self.needed = (program.maker_start[program.storage] + program.version - 1)[needs]  # a content, by its reader
-        self.runs_once = np.zeros(self._count, np.bool_)
-        self.runs_once[owner[~is_made & (program.kind == WRITES)]] = True
         first, end = program.maker_start[program.outputs], program.maker_start[program.outputs + 1]
         self.outputs = end[first < end] - 1  # contents that the caller wants
         self.before = self._precedence()
@@ -71,7 +69,7 @@ class Moments:
         there, is_touched = self.left_behind(op)
         room = budget - int(program.workspace[op] + program.sizes[is_touched].sum())
 
-        again = ~after & ~(before & self.runs_once)
+        again = ~after & ~(before & program.runs_once)
         again[op] = False
         upper = np.concatenate([again, ~is_touched[self.storage], np.isfinite(self.of_load)]).astype(float)
         cost = np.concatenate([np.where(before, self.of_op, 0.0), np.zeros(count), self.of_load])

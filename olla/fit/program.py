@@ -57,6 +57,7 @@ class Program(NamedTuple):
     final: Integers  # version of each storage when all is over
     maker_start: Integers  # of the next
     maker: Integers  # ops that create and then write each storage that is not persistent, in program order
+    runs_once: Booleans  # of each op: whether it changes what lives across steps, and not only when it first runs
     late: Integers  # ops that are not in sequences, in program order
     loads: int  # the index of the first load; they come after the ops, one for each of ``maker``
 
@@ -77,6 +78,7 @@ def program_of(graph: Graph) -> Program:
     rows += [[(s, LOADS, number + 1)] for s, found in enumerate(makers) for number in range(len(found))]
     touches = np.array([touch for row in rows for touch in row], np.int64).reshape(-1, 3)
     packed = Adjacency.of(makers)
+    persistent = [storage.persistent for storage in graph.storages]
     return Program(
         start=np.cumsum([0, *map(len, rows)]),
         storage=touches[:, 0].copy(),
@@ -88,6 +90,9 @@ def program_of(graph: Graph) -> Program:
         final=np.array(version, np.int64),
         maker_start=packed.start,
         maker=packed.items,
+        runs_once=np.array(
+            [any(persistent[s] for s in {*op.writes} - {*op.writes_once}) for op in graph.ops], np.bool_
+        ),
         late=np.array(_late_ops(graph), np.int64),
         loads=len(graph.ops),
     )

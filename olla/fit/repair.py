@@ -332,7 +332,7 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
                 first = program.maker_start[storage]
                 if there[storage] and first < program.maker_start[storage + 1]:
                     content = first + version[storage] - 1
-                    there[storage] = kept[passed, content] or _runs_once(program, program.maker[content])
+                    there[storage] = kept[passed, content] or program.runs_once[program.maker[content]]
             passed += 1
         if position == len(order):
             targets = _last_targets(program)
@@ -383,16 +383,6 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
                 if op < program.loads:
                     seen[op] = True
     return sequence[:length]
-
-
-@njit(cache=True, nogil=True)
-def _runs_once(program: Program, op: int) -> bool:
-    """Whether an op changes what lives across steps, and not only when it first runs."""
-    for k in range(program.start[op], program.start[op + 1]):
-        storage = program.storage[k]
-        if program.kind[k] == WRITES and program.maker_start[storage] == program.maker_start[storage + 1]:
-            return True
-    return False
 
 
 @njit(cache=True, nogil=True)
