@@ -203,13 +203,13 @@ class FittingTest(unittest.TestCase):
 
     def test_what_cannot_be_made_again_is_kept_for_ops_that_do_not_depend_on_the_moment(self) -> None:
         storages = (Storage("random generator", 0, persistent=True), *(Storage(name, 8) for name in "abcd"))
-        ops = (
-            Op("draw", creates=(1,), writes=(0,)),
-            Op("moment", creates=(2,)),
-            Op("read what was drawn", creates=(3,), reads=(1,)),
-            Op("join", creates=(4,), reads=(2, 3)),
-        )
-        self.assertEqual(self.unrolled_at(Graph(ops, storages, outputs=(4,)), 1), [0, 1, 2, 3])
+        draw = Op("draw", creates=(1,), writes=(0,))
+        for drawn in ([draw], [draw, Op("scale what was drawn", writes=(1,))]):
+            moment = Op("moment", creates=(2,))
+            read = Op("read what was drawn", creates=(3,), reads=(1,))
+            ops = (*drawn, moment, read, Op("join", creates=(4,), reads=(2, 3)))
+            found = self.unrolled_at(Graph(ops, storages, outputs=(4,)), ops.index(moment))
+            self.assertEqual(found, list(range(len(ops))))
 
     def test_what_is_made_along_with_what_an_update_needs_does_not_spoil_it(self) -> None:
         storages = (Storage("weight", 8, persistent=True), *(Storage(name, 8) for name in ("gw", "gx", "b", "c")))

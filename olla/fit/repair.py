@@ -332,7 +332,8 @@ def unrolled(program: Program, order: Integers, places: Integers, kept: Booleans
                 first = program.maker_start[storage]
                 if there[storage] and first < program.maker_start[storage + 1]:
                     content = first + version[storage] - 1
-                    there[storage] = kept[passed, content] or program.runs_once[program.maker[content]]
+                    makers = program.maker[first : content + 1]
+                    there[storage] = kept[passed, content] or np.any(program.runs_once[makers])
             passed += 1
         if position == len(order):
             targets = _last_targets(program)
