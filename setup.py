@@ -20,7 +20,12 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["olla", "olla.*"]),
-    package_data={"olla": ["py.typed"], "olla.run": ["*.h", "*.cpp"], "olla.show": ["*.html"]},
+    package_data={
+        "olla": ["py.typed"],
+        "olla.capture.rewrite": ["*.cpp"],
+        "olla.run": ["*.h", "*.cpp"],
+        "olla.show": ["*.html"],
+    },
     install_requires=["numba>=0.61,<1", "numpy>=1.26,<3", "rich>=13,<16", "scipy>=1.11,<2", "torch>=2.11,<2.15"],
     entry_points={
         "console_scripts": ["olla = olla.cli:main"],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torchvision
 import transformers
-from eager import EagerTestCase, sgd
+from eager import PLANNING_SECONDS, EagerTestCase, sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,7 +77,7 @@ class BudgetsTest(EagerTestCase):
         arguments = {**loss, "optimizer": sgd(model.parameters())}
         if loss:
             arguments["targets"] = labels()
-        trade = olla.frontier(model, inputs(), **arguments, points=8).schedules
+        trade = olla.frontier(model, inputs(), **arguments, points=8, time_limit=PLANNING_SECONDS).schedules
         self.assertGreater(len(trade), 4)
         for one, smaller in pairwise(trade):
             self.assertLess(smaller.peak_bytes, one.peak_bytes)

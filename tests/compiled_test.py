@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from olla.backend import backend
 from olla.backend.backend import olla
 from olla.backend.compiled import CompiledGraph
-from olla.run.native import NativeUnavailableError
+from olla.compiling import NativeUnavailableError
 from olla.torch_private import cpu_allocations
 
 transformers.logging.set_verbosity_error()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,15 +22,22 @@ import transformers
 import olla
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PLANNING = ("optimize", "optimize_step", "frontier")
 
 
 class ExamplesTest(unittest.TestCase):
     def setUp(self) -> None:
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # workspaces of convolutions grow with the number of threads
+        self.plans = self.enterContext(tempfile.TemporaryDirectory())  # what runs again is not planned again
 
     def run_example(self, name: str) -> tuple[str, dict[str, Any]]:
-        with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
+        kept = {call: partial(getattr(olla, call), cache_dir=self.plans) for call in PLANNING}
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+            torch.random.fork_rng(),
+            mock.patch.multiple(olla, **kept),
+        ):
             names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
         return printed.getvalue(), names
 

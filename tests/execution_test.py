@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import olla
 from olla.capture.lower import tensors_of
+from olla.compiling import NativeUnavailableError
 from olla.graph.check import check
 from olla.graph.lifetimes import live_intervals
-from olla.run.native import NativeUnavailableError
 from olla.run.recording import Recording
 
 TROUBLE = {"extra": 0, "fail": False}

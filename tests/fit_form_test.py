@@ -19,7 +19,7 @@ from olla.place.place import place
 from olla.solve import available
 
 SOLVERS = available()
-GRAPHS = 200 if os.environ.get("RUN_SKIPPED") else 80  # for each solver
+GRAPHS = 200 if os.environ.get("RUN_SKIPPED") else 40  # for each solver
 _NANOSECOND = 1e-9
 
 

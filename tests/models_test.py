@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,14 +30,27 @@ def without_attention_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def narrow(model: nn.Module) -> nn.Module:
+    """AlexNet or VGG with hidden layers of 64 instead of 4,096, which hold nearly all of its parameters."""
+    assert isinstance(model.classifier, nn.Sequential)
+    at = [index for index, layer in enumerate(model.classifier) if isinstance(layer, nn.Linear)]
+    sizes = [model.classifier[at[0]].in_features, *(64 for _ in at[1:]), CLASSES]
+    for index, (inputs, outputs) in zip(at, pairwise(sizes), strict=True):
+        model.classifier[index] = nn.Linear(inputs, outputs)
+    return model
+
+
 class VisionModels(EagerTestCase):
     """torchvision's own models at sizes that keep the tests fast."""
 
-    def check(self, name: str, shape: tuple[int, ...] = (3, 64, 64), batch: int = 2, **options: Any) -> None:
+    def setUp(self) -> None:
         torch.manual_seed(0)
-        builders = {**vars(torchvision.models), **vars(torchvision.models.video)}
-        model = builders[name](weights=None, num_classes=CLASSES, **options)
 
+    def check(self, name: str, shape: tuple[int, ...] = (3, 64, 64), batch: int = 2, **options: Any) -> None:
+        builders = {**vars(torchvision.models), **vars(torchvision.models.video)}
+        self.check_model(builders[name](weights=None, num_classes=CLASSES, **options), shape, batch)
+
+    def check_model(self, model: nn.Module, shape: tuple[int, ...] = (3, 64, 64), batch: int = 2) -> None:
         def images() -> Tensor:
             return torch.randn(batch, *shape)
 
@@ -51,7 +65,7 @@ class VisionModels(EagerTestCase):
             self.assert_inference_same(model, images)
 
     def test_alexnet(self) -> None:
-        self.check("alexnet")
+        self.check_model(narrow(torchvision.models.alexnet(num_classes=CLASSES)))
 
     def test_resnet18(self) -> None:
         self.check("resnet18")
@@ -60,7 +74,7 @@ class VisionModels(EagerTestCase):
         self.check("resnet50")
 
     def test_vgg11(self) -> None:
-        self.check("vgg11", (3, 32, 32))
+        self.check_model(narrow(torchvision.models.vgg11(num_classes=CLASSES, init_weights=False)), (3, 32, 32))
 
     def test_googlenet(self) -> None:
         self.check("googlenet", (3, 96, 96), init_weights=False)
@@ -87,7 +101,6 @@ class VisionModels(EagerTestCase):
         self.check("densenet121")
 
     def test_vision_transformer(self) -> None:
-        torch.manual_seed(0)
         model = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 128, dropout=0.1, num_classes=CLASSES)
 
         def images() -> Tensor:
@@ -109,7 +122,6 @@ class VisionModels(EagerTestCase):
             torch.testing.assert_close(step(x, x, x), model(x, x, x), rtol=0, atol=1e-6)
 
     def test_deeplabv3_returns_a_dict(self) -> None:
-        torch.manual_seed(0)
         model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True)
 
         def images() -> Tensor:
@@ -125,7 +137,6 @@ class VisionModels(EagerTestCase):
         self.assert_inference_same(model, images)
 
     def test_raft_small_takes_two_inputs_and_returns_a_list(self) -> None:
-        torch.manual_seed(0)
         model = torchvision.models.optical_flow.raft_small(weights=None)
 
         def frames() -> tuple[Tensor, Tensor]:

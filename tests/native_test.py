@@ -14,8 +14,9 @@ from unittest import mock
 
 import torch
 
+from olla import compiling
+from olla.compiling import NativeUnavailableError
 from olla.run import native
-from olla.run.native import NativeUnavailableError
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
@@ -46,7 +47,7 @@ class CudaTest(unittest.TestCase):
         self.folder = Path(folder.name)
 
     def test_it_compiles_without_a_warning(self) -> None:
-        command = native.command("cuda", "g++", self.folder / "arena_cuda.so")
+        command = native.arena("cuda").command("g++", self.folder / "arena_cuda.so")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
@@ -78,15 +79,15 @@ class CompilationTest(unittest.TestCase):
         self.addCleanup(patch.stop)
 
     def test_it_is_compiled_once(self) -> None:
-        path = native._compiled("cpu")
+        path = native.arena("cpu").compiled()
         self.assertEqual([path], list((self.folder / "olla").iterdir()))
         with mock.patch("subprocess.run", side_effect=AssertionError("compiled again")):
-            self.assertEqual(native._compiled("cpu"), path)
+            self.assertEqual(native.arena("cpu").compiled(), path)
 
     def test_another_torch_is_another_file(self) -> None:
-        path = native._compiled("cpu")
+        path = native.arena("cpu").compiled()
         with mock.patch("torch.__version__", "9.9.9"):
-            self.assertNotEqual(native._compiled("cpu"), path)
+            self.assertNotEqual(native.arena("cpu").compiled(), path)
 
     def test_processes_that_start_together_do_not_disturb_each_other(self) -> None:
         script = "import olla.run.native as n, torch; n.load('cpu'); print(torch.ones(3).sum().item())"
@@ -100,17 +101,17 @@ class CompilationTest(unittest.TestCase):
 
     def test_a_cache_that_cannot_be_written_is_done_without(self) -> None:
         (self.folder / "olla").write_text("in the way")
-        path = native._compiled("cpu")
+        path = native.arena("cpu").compiled()
         self.addCleanup(shutil.rmtree, path.parent)
-        self.addCleanup(native._folder_of_this_process.cache_clear)
+        self.addCleanup(compiling._folder_of_this_process.cache_clear)
         self.assertNotIn(self.folder, path.parents)
 
     def test_only_this_user_can_write_to_the_cache(self) -> None:
-        path = native._compiled("cpu")
+        path = native.arena("cpu").compiled()
         self.assertEqual([stat.S_IMODE(at.stat().st_mode) for at in (path.parent, path)], [0o700, 0o700])
 
     def test_a_library_in_a_directory_that_others_can_write_to_is_not_loaded(self) -> None:
-        kept = native._compiled("cpu")
+        kept = native.arena("cpu").compiled()
         mine = kept.stat().st_uid
         for mode, user in ((0o770, mine), (0o707, mine), (0o1777, mine), (0o700, mine + 1)):
             kept.parent.chmod(mode)
@@ -119,18 +120,18 @@ class CompilationTest(unittest.TestCase):
                 mock.patch("os.geteuid", return_value=user),
                 self.assertLogs("olla", "WARNING") as logs,
             ):
-                path = native._compiled("cpu")
+                path = native.arena("cpu").compiled()
                 self.addCleanup(shutil.rmtree, path.parent, ignore_errors=True)
-                self.addCleanup(native._folder_of_this_process.cache_clear)
+                self.addCleanup(compiling._folder_of_this_process.cache_clear)
                 self.assertNotIn(self.folder, path.parents)
                 self.assertIn(str(kept.parent), logs.output[0])
 
     def test_a_library_that_others_can_write_to_is_compiled_anew(self) -> None:
-        kept = native._compiled("cpu")
+        kept = native.arena("cpu").compiled()
         good = kept.read_bytes()
         kept.write_bytes(b"not a library")
         kept.chmod(0o770)
-        self.assertEqual(native._compiled("cpu").read_bytes(), good)
+        self.assertEqual(native.arena("cpu").compiled().read_bytes(), good)
         self.assertEqual(stat.S_IMODE(kept.stat().st_mode), 0o700)
 
     def test_no_compiler(self) -> None:
@@ -139,14 +140,14 @@ class CompilationTest(unittest.TestCase):
             self.assertRaisesRegex(NativeUnavailableError, "no C.. compiler was found: install g.."),
         ):
             os.environ.pop("CXX", None)
-            native._compiled("cpu")
+            native.arena("cpu").compiled()
 
     def test_a_compiler_that_is_not_there(self) -> None:
         with (
             mock.patch.dict(os.environ, {"CXX": "/nowhere/compiler"}),
             self.assertRaisesRegex(NativeUnavailableError, "/nowhere/compiler cannot be run"),
         ):
-            native._compiled("cpu")
+            native.arena("cpu").compiled()
 
     def test_a_compiler_that_fails_is_quoted(self) -> None:
         compiler = self.folder / "compiler"
@@ -156,7 +157,7 @@ class CompilationTest(unittest.TestCase):
             mock.patch.dict(os.environ, {"CXX": str(compiler)}),
             self.assertRaisesRegex(NativeUnavailableError, "it is too hot"),
         ):
-            native._compiled("cpu")
+            native.arena("cpu").compiled()
         self.assertEqual(list((self.folder / "olla").iterdir()), [])
 
     def test_other_platforms(self) -> None:
@@ -169,6 +170,8 @@ class CompilationTest(unittest.TestCase):
             native.load.__wrapped__("mps")
 
     def test_two_libraries_in_one_process_share_nothing(self) -> None:
-        symbols = subprocess.run(["nm", "-DC", native._compiled("cpu")], capture_output=True, text=True, check=True)
+        symbols = subprocess.run(
+            ["nm", "-DC", native.arena("cpu").compiled()], capture_output=True, text=True, check=True
+        )
         self.assertIn(" T olla_install", symbols.stdout)
         self.assertNotRegex(symbols.stdout, " [uVW] .*olla::Registry")

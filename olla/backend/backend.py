@@ -21,6 +21,7 @@ from olla.backend.workspaces import with_measured_workspaces
 from olla.capture.costs import estimated_seconds
 from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
+from olla.capture.rewrite.batch_norm import allocate_gradients_of_batch_norms_once
 from olla.errors import InvalidOptionError
 from olla.fit.budget import bytes_of
 from olla.graph.check import verify
@@ -109,6 +110,7 @@ class _Planner:
         parts = min_cut(module, inputs, num_fwd_outputs)
         if self._optimizer is not None:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
+        allocate_gradients_of_batch_norms_once(module.graph)
         joint = joint_of(module, num_fwd_outputs)
         if self._options.memory_budget is not None:
             joint = replace(joint, lowered=with_measured_workspaces(joint.lowered))

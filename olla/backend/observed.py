@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from olla.compiling import NativeUnavailableError
 from olla.run import native
 from olla.run.arena import Clock, Recorder
 from olla.run.recording import Recording
@@ -65,7 +66,7 @@ class Observed:
             return run(inputs)
         try:
             recorder = Recorder(native.load(self._device), Clock(), parts=2)
-        except native.NativeUnavailableError:
+        except NativeUnavailableError:
             self._is_over = True
             return run(inputs)
         with recorder:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from olla.capture.lower import Lowered
+from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT
+from olla.compiling import NativeUnavailableError
 from olla.run import native
 from olla.run.arena import Clock, Recorder
 from olla.run.recording import Recording
@@ -21,6 +23,8 @@ _MEASURED = (
     torch.ops.aten.convolution.default,
     torch.ops.aten.convolution_backward.default,
     torch.ops.aten.native_batch_norm_backward.default,
+    BATCH_NORM_BACKWARD,
+    BATCH_NORM_BACKWARD_OUT,
 )
 
 
@@ -37,7 +41,7 @@ def with_measured_workspaces(lowered: Lowered) -> Lowered:
             if key not in found:
                 try:
                     found[key] = _workspace_bytes(node)
-                except native.NativeUnavailableError:
+                except NativeUnavailableError:
                     return lowered
             ops[index] = replace(ops[index], workspace=found[key])
     return replace(lowered, graph=replace(lowered.graph, ops=tuple(ops)))
@@ -65,7 +69,8 @@ def _workspace_bytes(node: fx.Node) -> int:
         with recorder:
             results = node.target(*args, **kwargs)
         leaves, _ = flatten(results)
-        kept = sum(leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, Tensor))
+        made = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not kwargs.get("out")]
+        kept = sum(leaf.untyped_storage().nbytes() for leaf in made)
     return max(0, Recording.of(recorder.events, {}).peak_bytes - kept)
 
 

@@ -127,8 +127,8 @@ class _Builder:
             writes |= {self._sizeless(PROCESS_GROUP)}
         reads = self.existing(node.all_input_nodes) - writes
         reads -= {s for s in self.existing(_replaced(node)) if self.storages[s].persistent}
-        if node in self.reused:  # its result was traced on a storage of its own
-            self.ids[storage_key(node.meta["val"])] = self.ids[storage_key(self.reused[node].meta["val"])]
+        if node in self.reused:  # its first result was traced on a storage of its own
+            self.ids[storage_key(_tensors(node)[0])] = self.ids[storage_key(self.reused[node].meta["val"])]
         wider = node.meta.get("eager")
         creates = [
             self._add_storage(t, node.name, eager=wider) for t in _tensors(node) if storage_key(t) not in self.ids
@@ -179,7 +179,8 @@ class _Builder:
                 source=node.meta.get("source", ""),
                 backward=node.meta.get("backward", False),
                 writes_once=tuple(sorted(writes_once)),
-                reused=spared_bytes(node) + (node.meta["val"].untyped_storage().nbytes() if node in self.reused else 0),
+                reused=spared_bytes(node)
+                + (_tensors(node)[0].untyped_storage().nbytes() if node in self.reused else 0),
             )
         )
         self.nodes.append(node)

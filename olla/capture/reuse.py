@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.lower import Lowered, tensors_of
+from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT
 from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT
 from olla.graph.graph import Graph
@@ -51,6 +52,7 @@ OVERWRITING: Mapping[OpOverload, tuple[OpOverload, str]] = {
     aten._log_softmax_backward_data.default: (aten._log_softmax_backward_data.out, "out"),
     CROSS_ENTROPY_BACKWARD: (CROSS_ENTROPY_BACKWARD_OUT, "out"),
     DROPOUT: (DROPOUT_OUT, "out"),
+    BATCH_NORM_BACKWARD: (BATCH_NORM_BACKWARD_OUT, "out"),  # the first of its results
 }
 
 # Kernels that work on rows, and copy what is not contiguous: then writing over an input goes wrong.
@@ -97,7 +99,7 @@ def reuse(lowered: Lowered) -> dict[fx.Node, fx.Node]:
     reused: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(lowered.nodes):
         op, target = graph.ops[index], node.target
-        if not isinstance(target, OpOverload) or len(op.creates) != 1 or op.writes or op.creates[0] in graph.outputs:
+        if not isinstance(target, OpOverload) or not op.creates or op.writes or op.creates[0] in graph.outputs:
             continue
         for argument in _candidates(node, target):
             storage = storages.get(storage_key(argument.meta["val"]), -1)
@@ -123,9 +125,9 @@ def _candidates(node: fx.Node, target: OpOverload) -> list[fx.Node]:
 
 
 def _is_whole(node: fx.Node, argument: fx.Node) -> bool:
-    """Whether the argument is its whole storage, laid out as the result, and any other on that storage is the same."""
-    result, over = node.meta["val"], argument.meta["val"]
-    if not isinstance(result, Tensor) or over.untyped_storage().nbytes() != result.untyped_storage().nbytes():
+    """Whether the argument is its whole storage, laid out as the (first) result, and any other there is the same."""
+    result, over = tensors_of(node.meta["val"])[0], argument.meta["val"]
+    if over.untyped_storage().nbytes() != result.untyped_storage().nbytes():
         return False
     layout = (result.shape, result.stride(), result.dtype, result.device, result.storage_offset())
     same = [other.meta["val"] for other in node.all_input_nodes]

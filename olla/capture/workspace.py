@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx, ops
 
+from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT
 from olla.capture.rewrite.calls import value_of
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT, bytes_of_rows
 from olla.capture.rewrite.disjoint_sum import disjoint_sum
@@ -12,6 +13,7 @@ from olla.capture.rewrite.weight_gradient import weight_gradient
 
 __all__ = ["spared_bytes", "workspace_bytes"]
 
+_BATCH_NORM = (BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT)
 _CROSS_ENTROPY = (CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT)
 
 
@@ -40,6 +42,8 @@ def spared_bytes(node: fx.Node) -> int:
     """What the calls that were replaced by this one allocate while they run, and it does not."""
     if node.target in _CROSS_ENTROPY:
         return value_of(node.args[1]).nbytes - workspace_bytes(node)
+    if node.target in _BATCH_NORM:  # the gradient of the input, in a layout that is not used
+        return value_of(node.args[1]).nbytes
     if node.target is disjoint_sum:  # two terms and their sum, when the first two parts have been used up
         return 2 * value_of(node).nbytes - sum(value_of(part).nbytes for part in node.all_input_nodes[:2])
     return 0
