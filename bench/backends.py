@@ -20,6 +20,7 @@ _BATCHES = {
     "inception_v3": 4,
     "mnasnet0_5": 8,
     "mobilenet_v2": 8,
+    "r3d_18": 1,
     "raft_small": 1,
     "resnet18": 8,
     "squeezenet1_0": 8,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eager import EagerTestCase, sgd
+from eager import PLANNING_SECONDS, EagerTestCase, sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,6 +95,7 @@ class BudgetTest(EagerTestCase):
         optimizer = sgd(model.parameters())
         before = {name: value.clone() for name, value in model.state_dict().items()}
         arguments: dict[str, Any] = {"loss_fn": F.cross_entropy, "targets": labels(), "optimizer": optimizer}
+        arguments["time_limit"] = PLANNING_SECONDS
         with self.assertRaisesRegex(InfeasibleError, "the smallest budget is") as caught:
             olla.optimize(model, images(), **arguments, memory_budget=1000)
         self.assert_same(dict(model.state_dict()), before, "the model")
@@ -120,8 +121,9 @@ class BudgetTest(EagerTestCase):
     def test_the_frontier_falls_and_can_be_printed_and_drawn(self) -> None:
         model = network()
         found = olla.frontier(
-            model, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=sgd(model.parameters()), points=6
-        )
+            model, images(), loss_fn=F.cross_entropy, targets=labels(), optimizer=sgd(model.parameters()), points=6,
+            time_limit=PLANNING_SECONDS,
+        )  # fmt: skip
         schedules = found.schedules
         self.assertGreater(len(schedules), 3)
         self.assertEqual((schedules[0].extra_seconds, extra_runs(schedules[0].order)), (0.0, ()))

@@ -53,7 +53,8 @@ class EagerTestCase(unittest.TestCase):
                 self.assertEqual(
                     (a.shape, a.dtype, a.stride()), (b.shape, b.dtype, b.stride()), f"{what}, leaf {index}"
                 )
-                self.assertTrue(torch.equal(bits(a), bits(b)), f"{what}, leaf {index}: {difference(a, b)}")
+                if not torch.equal(bits(a), bits(b)):
+                    self.fail(f"{what}, leaf {index}: {difference(a, b)}")
             else:
                 self.assertEqual(a, b, f"{what}, leaf {index}")
 

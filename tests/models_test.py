@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unittest
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,6 +21,7 @@ from bench.models import classification_loss, flow_loss, segmentation_loss
 
 transformers.logging.set_verbosity_error()
 CLASSES = 10
+slow = unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "takes half a minute: set RUN_SKIPPED=1")
 
 
 @contextmanager
@@ -97,6 +100,7 @@ class VisionModels(EagerTestCase):
     def test_swin_t(self) -> None:
         self.check("swin_t")
 
+    @slow
     def test_densenet121(self) -> None:
         self.check("densenet121")
 

@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from eager import EagerTestCase, sgd
+from eager import PLANNING_SECONDS, EagerTestCase, sgd
 from graphs import diamond, graphs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -317,7 +317,7 @@ class SpillTest(InFolder):
 
     def test_the_frontier_goes_on_where_recomputation_ends(self) -> None:
         model, x = deep(), torch.randn(256, 64)
-        arguments: dict[str, Any] = {"optimizer": sgd(model.parameters()), "points": 5}
+        arguments: dict[str, Any] = {"optimizer": sgd(model.parameters()), "points": 5, "time_limit": PLANNING_SECONDS}
         plain = olla.frontier(model, x, **arguments).schedules
         with spilling_is_free():
             free = olla.frontier(model, x, spill_dir=self.folder, **arguments).schedules

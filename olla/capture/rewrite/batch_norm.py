@@ -18,6 +18,7 @@ from torch import Tensor, fx, ops
 
 from olla.capture.rewrite.calls import value_of
 from olla.compiling import Library, NativeUnavailableError
+from olla.torch_private import address_of
 
 __all__ = ["BATCH_NORM_BACKWARD", "BATCH_NORM_BACKWARD_OUT", "allocate_gradients_of_batch_norms_once"]
 
@@ -97,7 +98,7 @@ def _to(
         torch.empty(input_.shape[1], dtype=_dtype_of_others(input_, weight), device=input_.device) for _ in range(2)
     )
     tensors = (out, of_weight, of_bias, gradient, input_, weight, *statistics)
-    addresses = (ctypes.c_void_p * len(tensors))(*(None if t is None else t._cdata for t in tensors))
+    addresses = (ctypes.c_void_p * len(tensors))(*(None if t is None else address_of(t) for t in tensors))
     if not is_alike or kernel is None or not kernel(addresses, train, eps):
         found, of_weight, of_bias = aten.native_batch_norm_backward(gradient, input_, weight, *others)
         out.copy_(found)
