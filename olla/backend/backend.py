@@ -112,8 +112,7 @@ class _Planner:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
         allocate_gradients_of_batch_norms_once(module.graph)
         joint = joint_of(module, num_fwd_outputs)
-        if self._options.memory_budget is not None:
-            joint = replace(joint, lowered=with_measured_workspaces(joint.lowered))
+        joint = replace(joint, lowered=with_measured_workspaces(joint.lowered))
         theirs = schedule_of(joint, parts)
         options = self._options
         if options.memory_budget is not None:

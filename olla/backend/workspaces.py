@@ -1,4 +1,4 @@
-"""What convolutions and batch norms hold while they run, found out by running them: a budget needs that to be kept."""
+"""What convolutions and batch norms hold while they run, found out by running them: orders and budgets depend on it."""
 
 from __future__ import annotations
 
