@@ -29,7 +29,9 @@ class ExamplesTest(unittest.TestCase):
     def setUp(self) -> None:
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # workspaces of convolutions grow with the number of threads
-        self.plans = self.enterContext(tempfile.TemporaryDirectory())  # what runs again is not planned again
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.plans = folder.name  # what runs again is not planned again
 
     def run_example(self, name: str) -> tuple[str, dict[str, Any]]:
         kept = {call: partial(getattr(olla, call), cache_dir=self.plans) for call in PLANNING}
