@@ -137,6 +137,7 @@ class Models(CompiledTestCase):
     def test_efficientnet_b0(self) -> None:
         self.check_vision("efficientnet_b0")
 
+    @slow
     def test_squeezenet1_0(self) -> None:
         self.check_vision("squeezenet1_0")
 
