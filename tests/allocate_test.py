@@ -141,8 +141,8 @@ class AllocateTest(unittest.TestCase):
         solid = [Buffer(0, 1, 1), *(buffer for buffer in given if buffer.size and buffer.offset is None)]
         problem = Problem.of(solid)
         _, worst = max(filter(None, first_fits(problem)), key=lambda found: (found[1] + problem.sizes).max())
-        random = np.random.default_rng(0)
-        tries = islice(filter(None, chain(lowered(problem, worst, random), mended_fits(problem, random))), 40)
+        random, highest = np.random.default_rng(0), int((worst + problem.sizes).max())
+        tries = islice(filter(None, chain(lowered(problem, worst, highest, random), mended_fits(problem, random))), 40)
         for method, offsets in tries:
             top = int((offsets + problem.sizes).max())
             self.assertEqual(conflicts(solid, Placement(tuple(offsets.tolist()), top)), [], method)
@@ -252,7 +252,7 @@ class AllocateTest(unittest.TestCase):
         first_fit = min(int((offsets + problem.sizes).max()) for _, offsets in filter(None, first_fits(problem)))
         self.assertGreater(first_fit, 36)
         self.assertTrue(allocate(square, gap=1.0).method.startswith("first fit"))  # near enough
-        placement = allocate(square)
+        placement = allocate(square, capacity=36)
         self.assertEqual(conflicts(square, placement), [])
         self.assertEqual((placement.arena_bytes, placement.lower_bound_bytes, placement.method), (36, 36, "search"))
 
@@ -271,7 +271,7 @@ class AllocateTest(unittest.TestCase):
         _, offsets = next(filter(None, first_fits(problem)))
         top = int((offsets + problem.sizes).max())
         self.assertGreater(top, 1.01 * problem.bound)
-        (_, lower), *_ = filter(None, rebuilt(problem, offsets, np.random.default_rng(0)))
+        (_, lower), *_ = filter(None, rebuilt(problem, offsets, top, np.random.default_rng(0)))
         placement = Placement(tuple(lower.tolist()), int((lower + problem.sizes).max()))
         self.assertLess(placement.arena_bytes, top)
         self.assertEqual(placement.offsets[-1], 2**24)

@@ -33,18 +33,18 @@ def dense(seed: int) -> list[Buffer]:
 
 
 def rounded(problem: Problem) -> Iterator[Grid]:
-    return (grid for grid in grids(problem) if grid.is_rounded)
+    return (grid for grid in grids(problem, 1_000) if grid.is_rounded)
 
 
 class GridTest(unittest.TestCase):
     def test_first_comes_what_is_large_as_it_is_if_little_is_small(self) -> None:
         problem = Problem.of(dense(0))
-        finest = next(grids(problem))
+        finest = next(grids(problem, 1_000))
         self.assertFalse(finest.is_rounded)
         self.assertEqual(finest.large.tolist(), (problem.sizes >= UNIT).tolist())
         self.assertEqual(finest.problem.bound * finest.unit, UNITS * UNIT)
         much_is_small = [*dense(0), *[Buffer(STEPS, STEPS + 1, 2_000)] * 130]
-        self.assertNotIn(False, [grid.is_rounded for grid in grids(Problem.of(much_is_small))])
+        self.assertNotIn(False, [grid.is_rounded for grid in grids(Problem.of(much_is_small), 1_000)])
 
     def test_the_unit_is_found(self) -> None:
         problem = Problem.of(dense(0))
@@ -63,9 +63,18 @@ class GridTest(unittest.TestCase):
         buffers = [Buffer(k % 7, k % 7 + 3, int(random.integers(10**6, 10**8))) for k in range(60)]
         self.assertEqual(list(rounded(Problem.of(buffers))), [])
 
+    def test_of_more_buffers_than_are_searched_there_is_the_finest_or_none(self) -> None:
+        problem = Problem.of(dense(0))
+        finest, *others = grids(problem, 1_000)
+        large = int(finest.large.sum())
+        self.assertTrue(others)
+        self.assertLess(large, len(problem.sizes))
+        self.assertEqual([grid.is_rounded for grid in grids(problem, large)], [False])
+        self.assertEqual(list(grids(problem, large - 1)), [])
+
     def test_there_is_none_around_fixed_buffers(self) -> None:
         fixed = Buffer(0, 1, UNIT, offset=0)
-        self.assertEqual(list(grids(Problem.of([*dense(0), fixed]))), [])
+        self.assertEqual(list(grids(Problem.of([*dense(0), fixed]), 1_000)), [])
 
     def test_a_grid_leads_to_a_sound_placement_at_the_bound(self) -> None:
         for seed in range(6):
@@ -81,7 +90,7 @@ class GridTest(unittest.TestCase):
 
     def test_a_unit_is_a_multiple_of_the_alignment(self) -> None:
         buffers = [Buffer(b.lower, b.upper, b.size, alignment=512) for b in dense(2)]
-        for grid in grids(Problem.of(buffers)):
+        for grid in grids(Problem.of(buffers), 1_000):
             self.assertEqual(grid.unit % 512, 0)
 
 

@@ -27,9 +27,10 @@ _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
+_STARTS = 3  # first fits that ejections begin with
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one is tried
-_FEWEST_RESTARTS = 3  # where the first is enough, as a rule, or sixty are in vain
+_FEWEST_RESTARTS = 4  # where the first few are enough, as a rule, or sixty are in vain
 _UNKNOWN = 2**62
 
 
@@ -121,8 +122,13 @@ class _Search:
     def _ended(self) -> bool:
         if self.top == _UNKNOWN:
             return False
-        capacity = int(self.bound * (1 + self._gap)) if self._capacity is None else self._capacity
-        return self.top <= max(capacity, self.bound) or self.bound > capacity or time.perf_counter() > self._deadline
+        goal = self._goal
+        return self.top <= max(goal, self.bound) or self.bound > goal or time.perf_counter() > self._deadline
+
+    @property
+    def _goal(self) -> int:
+        """What is low enough: the capacity, or near the bound."""
+        return int(self.bound * (1 + self._gap)) if self._capacity is None else self._capacity
 
     def run(self) -> None:
         """Try first fits, improve them, then search, until the bound or the capacity is met or time is over."""
@@ -133,10 +139,13 @@ class _Search:
         _compile_searches()
         self._deadline += time.perf_counter() - started
         if len(self._problem.sizes) > _SEARCHED:
+            if self._capacity is None:
+                self._search_grids()
             self._improve_in_rounds()
         else:
             if self._capacity is None:  # one that is tight enough to be given is a matter for the search
-                self._search_grids()
+                if not self._search_grids():
+                    self._lower_first_fits()
                 self._improve()
             self._bisect()
 
@@ -156,28 +165,37 @@ class _Search:
                 if self.top - self.bound <= _CLOSE * self.bound:
                     return
 
-    def _search_grids(self) -> None:
-        """Place what is large by itself, then what is small around it."""
-        for grid in grids(self._problem):
-            large = _Search(grid.problem, grid.problem.bound, 0.0, self._half_of_the_rest)
+    def _lower_first_fits(self) -> None:
+        """Ejections where few buffers stand too high: more is left to move there than where all are a little lower."""
+        fits = [found[1] for found in first_fits(self._problem) if found]
+        fits.sort(key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
+        for offsets in fits[:_STARTS]:
+            self._try(lowered(self._problem, offsets, self.top, self._others), self._half_of_the_rest)
+
+    def _search_grids(self) -> bool:
+        """Place what is large by itself, then what is small around it; whether that was the best so far."""
+        before = self.top
+        for grid in grids(self._problem, _SEARCHED):
+            near = grid.problem.bound if grid.is_rounded else int(grid.problem.bound * (1 + self._gap))
+            large = _Search(grid.problem, near, 0.0, self._half_of_the_rest)
             if grid.is_rounded:
                 large.run()
             else:
                 large.fit()
-                if not large._ended:
-                    large._reach(grid.problem.bound, _FEWEST_RESTARTS)
-            if large.top > grid.problem.bound:
+                large._reach(near, _FEWEST_RESTARTS)
+            if large.top > near:
                 continue
             rest = _Search(grid.around(self._problem, large.offsets), None, self._gap, self._half_of_the_rest)
             rest.fit()
             self._keep(f"grid of {grid.unit:,} bytes", rest.offsets)
             if self._ended:
-                return
+                break
+        return self.top < before
 
     def _bisect(self) -> None:
-        """Search for the bound itself, then for what is half way between what was tried in vain and the best."""
+        """Search for what is low enough, then for what is half way between what was tried in vain and the best."""
         lowest = self.bound  # below it, it was tried in vain
-        target, restarts = (self.bound, _FEW_RESTARTS) if self._capacity is None else (self._capacity, _RESTARTS)
+        target, restarts = self._goal, _FEW_RESTARTS if self._capacity is None else _RESTARTS
         while not self._ended:
             reached = self._reach(target, restarts)
             if self._capacity is not None:
@@ -196,7 +214,7 @@ class _Search:
     def _gains(self, lower: Callable[..., Iterator[tuple[str, Integers] | None]]) -> bool:
         """Try that for half of the time that is left at most; whether it was worth while."""
         before = self.top
-        self._try(lower(self._problem, self.offsets, self._others), self._half_of_the_rest)
+        self._try(lower(self._problem, self.offsets, self.top, self._others), self._half_of_the_rest)
         return not self._ended and before - self.top > _LEAST * self.bound
 
     @property
@@ -215,6 +233,8 @@ class _Search:
 
     def _reach(self, target: int, restarts: int) -> bool:
         """Look for a placement within ``target``."""
+        if self.top <= target:
+            return True
         for status, offsets in searches(self._problem, target, restarts, self._random, self._blame):
             if status == SOLVED:
                 self._keep("search", offsets)
@@ -248,7 +268,7 @@ def _compile_searches() -> None:
     """That takes some ten seconds, once, so it is done only when a first fit is not good enough."""
     problem, random = _pair(), np.random.default_rng(0)
     for tries in (
-        lowered(problem, np.array([0, 9]), random),
+        lowered(problem, np.array([0, 9]), 10, random),
         searches(problem, 2, 1, random, np.zeros_like(problem.load)),
     ):
         next(tries)

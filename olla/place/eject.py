@@ -4,7 +4,7 @@ Buffers above a ceiling are taken out. One after another goes where it is free; 
 those in its way are lightest, and these are taken out in its place. Whoever had to be forced in becomes
 heavier, so the next one looks elsewhere. That is guided ejection search: Nagata and Braysy, *A powerful
 route minimization heuristic for the vehicle routing problem with time windows*, Operations Research
-Letters 37, 2009.
+Letters 37, 2009. What goes astray begins again where the fewest were out, with other weights.
 """
 
 from __future__ import annotations
@@ -16,30 +16,35 @@ import numpy.typing as npt
 from numba import njit
 
 from olla.place.problem import Integers, Problem
-from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free, neighbours, remove
+from olla.place.tiles import Tiles, copied, empty_tiles, insert, lowest_free, neighbours, remove
 
 __all__ = ["lowered"]
 
 _SHARE = 0.25  # of the way to the bound, by which the ceiling is lowered first
 _LEAST = 1e-5  # of the bound: a smaller step is not worth while
-_PATIENCE = 3_000  # moves, or one for each buffer, since fewer than ever were waiting; and for each of them,
-_PATIENCE_EACH = 3
+_LITTLE = 250_000  # buffers, times those waiting: where it is less, the end may be near, and there are
+_MANY_SHORT = (20, 300)  # tries from where the fewest were waiting, and moves of each since then; else
+_ONE_LONG = (1, 3_000)
+_PATIENCE_EACH = 3  # more moves, for each that was waiting
 _CHUNK = 2_000_000  # moves times buffers, between two looks at the clock
+_FULLEST = 10  # the power of the largest load of its time, by which a buffer is heavier
 _GROWTH = 1.3  # of the weight of a buffer that was forced in,
 _HEAVIEST = 1e9  # up to this many average ones
 
 Numbers = npt.NDArray[np.float64]
 
 
-def lowered(problem: Problem, offsets: Integers, random: np.random.Generator) -> Iterator[tuple[str, Integers] | None]:
-    """Lower and lower placements; None now and then, to look at the clock."""
-    bound = problem.bound
+def lowered(
+    problem: Problem, offsets: Integers, top: int, random: np.random.Generator
+) -> Iterator[tuple[str, Integers] | None]:
+    """Lower and lower placements, all below ``top``; None now and then, to look at the clock."""
+    bound, share = problem.bound, _SHARE
     area = problem.sizes * (problem.last - problem.first + 1.0)
-    weight = area / area.mean()
-    share, top = _SHARE, int((offsets + problem.sizes).max())
+    heaviness = area * (problem.largest(problem.load) / bound) ** _FULLEST
+    heaviness /= heaviness.mean()
     while top > bound and share * (top - bound) >= _LEAST * bound:
         ceiling = min(top - 1, int(top - share * (top - bound)))
-        for found in _below(problem, offsets, ceiling, weight * random.uniform(0.5, 2, len(weight))):
+        for found in _below(problem, offsets, ceiling, heaviness, random):
             if found is None:
                 yield None
                 continue
@@ -51,25 +56,38 @@ def lowered(problem: Problem, offsets: Integers, random: np.random.Generator) ->
             share /= 2
 
 
-def _below(problem: Problem, offsets: Integers, ceiling: int, weight: Numbers) -> Iterator[Integers | None]:
+def _below(
+    problem: Problem, offsets: Integers, ceiling: int, heaviness: Numbers, random: np.random.Generator
+) -> Iterator[Integers | None]:
     """None after each piece of work, and the offsets at last, if they are found."""
-    too_high = offsets + problem.sizes > ceiling
-    tiles = empty_tiles(problem)
+    fewest = np.nonzero(offsets + problem.sizes > ceiling)[0]
+    best = empty_tiles(problem)
     order = np.argsort(offsets, kind="stable")
-    _fill(tiles, order[~too_high[order]], offsets)
-    waiting = int(too_high.sum())
-    pool = np.zeros(len(offsets), np.int64)  # the last one is next
-    pool[:waiting] = np.nonzero(too_high)[0][np.argsort(weight[too_high], kind="stable")]
-    fewest, moves, patience = waiting, 0, min(_PATIENCE, len(offsets)) + _PATIENCE_EACH * waiting
-    steps = min(1 + _CHUNK // len(offsets), _PATIENCE // 30)
-    while moves < patience:
-        waiting = _move(tiles, pool, waiting, ceiling, weight, steps)
-        if waiting == 0:
-            yield tiles.offsets
-            return
-        yield None
-        moves = 0 if waiting < fewest else moves + steps
-        fewest = min(fewest, waiting)
+    _fill(best, order[~np.isin(order, fewest)], offsets)
+    steps = min(1 + _CHUNK // len(offsets), _MANY_SHORT[1] // 10)
+    tries = 0
+    while tries < _limits(problem, fewest)[0]:
+        tries += 1
+        weight = heaviness * random.uniform(0.5, 2, len(heaviness))
+        tiles, pool, waiting = copied(best), np.zeros(len(offsets), np.int64), len(fewest)
+        pool[:waiting] = fewest[np.argsort(weight[fewest], kind="stable")]  # the last one is next
+        moves = 0
+        while moves < _limits(problem, fewest)[1]:
+            waiting = _move(tiles, pool, waiting, ceiling, weight, steps)
+            if waiting == 0:
+                yield tiles.offsets
+                return
+            yield None
+            moves += steps
+            if waiting < len(fewest):
+                best, fewest = copied(tiles), pool[:waiting].copy()
+                moves = tries = 0
+
+
+def _limits(problem: Problem, waiting: Integers) -> tuple[int, int]:
+    """Tries in a row that are in vain, and moves of one of them."""
+    tries, moves = _MANY_SHORT if len(waiting) * len(problem.sizes) < _LITTLE else _ONE_LONG
+    return tries, moves + _PATIENCE_EACH * len(waiting)
 
 
 @njit(cache=True, nogil=True)

@@ -40,16 +40,22 @@ class Grid:
         return replace(whole, fixed=fixed)
 
 
-def grids(problem: Problem) -> Iterator[Grid]:
-    """Those that hardly raise the bound, first the finest, then the coarsest; none if buffers are fixed."""
+def grids(problem: Problem, most: int) -> Iterator[Grid]:
+    """Those that hardly raise the bound, first the finest, then the coarsest; none if buffers are fixed.
+
+    Each has ``most`` large buffers or less. Where the problem has more than that, there is the finest one only.
+    """
     if (problem.fixed >= 0).any() or not len(problem.sizes):
         return
     alignment, sizes = int(np.lcm.reduce(problem.alignment)), problem.sizes
     for small in _SMALL:
         grid = _grid(problem, alignment, sizes >= small * problem.bound, is_rounded=False)
         if grid:
-            yield grid
+            if grid.large.sum() <= most:
+                yield grid
             break
+    if len(problem.sizes) > most:
+        return
     units = {-(-size // alignment) * alignment for size in sizes[sizes * _UNITS > problem.bound].tolist()}
     for unit in sorted(units, reverse=True):
         grid = _grid(problem, unit, sizes * 2 >= unit, is_rounded=True) if (sizes % unit).any() else None

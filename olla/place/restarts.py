@@ -1,12 +1,15 @@
 """Searches for a placement within one capacity, each in another order of preference.
 
 A search that starts badly rarely ends well, so it is given up after some nodes. The next order is drawn
-anew, and drawn towards the sections that made the earlier ones fail.
+anew, and drawn towards the sections that made the earlier ones fail. Two run at once, on two threads; always two,
+so that what is found does not depend on the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +19,10 @@ from olla.place.search import UNDECIDED, search
 
 __all__ = ["searches"]
 
-_NODES = 1_000  # of the first searches; some later ones get more, see _luby,
+_NODES = 1_000  # of the first searches, or as many for each buffer,
+_NODES_EACH = 1.25  # because what is found is found almost straight away; some later ones get more, see _luby,
 _WORK = 20_000_000  # but not more than this, divided by the number of buffers: a second or two
+_AT_ONCE = 2
 _FORGETTING = 0.9  # of the blame of a section that is left after each search
 
 
@@ -25,26 +30,36 @@ def searches(
     problem: Problem, capacity: int, most: int, random: np.random.Generator, blame: Integers
 ) -> Iterator[tuple[int, Integers]]:
     """How each search ended, and its offsets, until one is decided; each adds to the blame of the sections."""
-    for number in range(1, most + 1):
-        order = np.argsort(-_preference(problem, random, blame), kind="stable")
-        chosen = problem.ordered(order)
-        status, _, found = search(
-            capacity,
-            chosen.first,
-            chosen.last,
-            chosen.sizes,
-            chosen.alignment,
-            chosen.fixed,
-            *chosen.overlaps(),
-            blame,
-            min(_NODES * _luby(number), 1 + _WORK // len(order)),
-        )
-        offsets = np.empty(len(order), np.int64)
-        offsets[order] = found
-        yield status, offsets
-        if status != UNDECIDED:
-            return
-        blame[:] = blame * _FORGETTING
+    count = len(problem.sizes)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for number in range(1, -(-most // _AT_ONCE) + 1):
+            nodes = min(max(_NODES, int(_NODES_EACH * count)) * _luby(number), 1 + _WORK // count)
+            orders = [np.argsort(-_preference(problem, random, blame), kind="stable") for _ in range(_AT_ONCE)]
+            blames = [np.zeros_like(blame) for _ in orders]
+            for status, offsets in pool.map(partial(_searched, problem, capacity, nodes), orders, blames):
+                yield status, offsets
+                if status != UNDECIDED:
+                    return
+            blame[:] = (blame + sum(blames)) * _FORGETTING
+
+
+def _searched(problem: Problem, capacity: int, nodes: int, order: Integers, blame: Integers) -> tuple[int, Integers]:
+    """Search in an order of preference."""
+    chosen = problem.ordered(order)
+    status, _, found = search(
+        capacity,
+        chosen.first,
+        chosen.last,
+        chosen.sizes,
+        chosen.alignment,
+        chosen.fixed,
+        *chosen.overlaps(),
+        blame,
+        nodes,
+    )
+    offsets = np.empty(len(order), np.int64)
+    offsets[order] = found
+    return status, offsets
 
 
 def _preference(problem: Problem, random: np.random.Generator, blame: Integers) -> npt.NDArray[np.float64]:

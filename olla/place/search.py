@@ -48,8 +48,7 @@ class _Board(NamedTuple):
     least: Integers  # for unplaced buffers: no lower offset is possible
     bottom: Integers  # scratch: in each section, the lowest of these,
     support: Integers  # the lowest top of an unplaced buffer,
-    owner: Integers  # whose it is,
-    second: Integers  # and the lowest top of the others
+    second: Integers  # and the next one
     failures: Integers  # how often each section was to blame
     undo_buffer: Integers  # buffers whose lowest offset rose, and from what
     undo_offset: Integers
@@ -99,7 +98,6 @@ def search(
         np.maximum(fixed, 0),
         left,
         np.zeros(count, np.int64),
-        np.zeros(sections, np.int64),
         np.zeros(sections, np.int64),
         np.zeros(sections, np.int64),
         np.zeros(sections, np.int64),
@@ -207,30 +205,30 @@ def _choose(board: _Board, members: Integers, floor: int, before: int, capacity:
 @njit(cache=True, nogil=True)
 def _lift(board: _Board, members: Integers, first_section: int, last_section: int, capacity: int) -> int:
     """Raise what cannot be the lowest of a section above another; 1: some rose, 0: none, -1: not all can fit."""
-    least, sizes, bottom, support, owner = board.least, board.sizes, board.bottom, board.support, board.owner
-    second = board.second
+    least, sizes = board.least, board.sizes
+    for scratch in (board.bottom, board.support, board.second):
+        scratch[first_section : last_section + 1] = _FAR
+    for b in members:  # its sections are sliced, so that the loops over them are done several at once
+        first, end = board.first[b], board.last[b] + 1
+        bottom, support, second = board.bottom[first:end], board.support[first:end], board.second[first:end]
+        low, top = least[b], least[b] + sizes[b]
+        for k in range(len(bottom)):
+            bottom[k] = min(bottom[k], low)
+        for k in range(len(support)):
+            second[k] = min(second[k], max(support[k], top))
+            support[k] = min(support[k], top)
     for section in range(first_section, last_section + 1):
-        bottom[section], support[section], second[section], owner[section] = _FAR, _FAR, _FAR, -1
-    for b in members:
-        end = least[b] + sizes[b]
-        for section in range(board.first[b], board.last[b] + 1):
-            bottom[section] = min(bottom[section], least[b])
-            if end < support[section]:
-                second[section] = support[section]
-                support[section] = end
-                owner[section] = b
-            elif end < second[section]:
-                second[section] = end
-    for section in range(first_section, last_section + 1):
-        if board.left[section] > 0 and bottom[section] + board.left[section] > capacity:
+        if board.left[section] > 0 and board.bottom[section] + board.left[section] > capacity:
             board.failures[section] += 1
             return -1
     rose = 0
     for b in members:
-        offset = least[b]
-        for section in range(board.first[b], board.last[b] + 1):
-            if least[b] + board.left[section] > capacity:
-                offset = max(offset, second[section] if owner[section] == b else support[section])
+        first, end = board.first[b], board.last[b] + 1
+        left, support, second = board.left[first:end], board.support[first:end], board.second[first:end]
+        room, top, offset = capacity - least[b], least[b] + sizes[b], least[b]
+        for k in range(len(left)):
+            above = second[k] if support[k] == top else support[k]
+            offset = max(offset, above if left[k] > room else 0)
         if offset > least[b]:
             least[b] = offset
             rose = 1

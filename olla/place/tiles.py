@@ -14,7 +14,7 @@ from numba import njit
 
 from olla.place.problem import Integers, Problem
 
-__all__ = ["Tiles", "empty_tiles", "insert", "lowest_free", "neighbours", "remove"]
+__all__ = ["Tiles", "copied", "empty_tiles", "insert", "lowest_free", "neighbours", "remove"]
 
 _CROSSED = 2  # borders between tiles, by an average buffer
 
@@ -57,6 +57,11 @@ def empty_tiles(problem: Problem) -> Tiles:
         np.zeros(start[-1], np.int64),
         np.zeros(tiles, np.int64),
     )
+
+
+def copied(tiles: Tiles) -> Tiles:
+    """The same placement, to be changed by itself."""
+    return tiles._replace(offsets=tiles.offsets.copy(), end=tiles.end.copy(), listed=tiles.listed.copy())
 
 
 @njit(cache=True, nogil=True)
