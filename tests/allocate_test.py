@@ -9,6 +9,7 @@ import tempfile
 import unittest
 from bisect import bisect_left
 from itertools import chain, islice, permutations
+from unittest import mock
 
 import numpy as np
 from graphs import settings  # sets the profile
@@ -19,8 +20,8 @@ from olla import Buffer, InfeasibleError, InvalidBuffersError, Placement, alloca
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
 from olla.place.problem import Problem
-from olla.place.restarts import _luby
-from olla.place.search import INFEASIBLE, SOLVED, search
+from olla.place.restarts import _luby, searches
+from olla.place.search import INFEASIBLE, SOLVED, UNDECIDED, search
 from olla.place.tiles import empty_tiles, insert, lowest_free, neighbours, remove
 from olla.place.windows import rebuilt
 
@@ -245,6 +246,27 @@ class AllocateTest(unittest.TestCase):
 
     def test_the_sequence_of_luby(self) -> None:
         self.assertEqual([_luby(i) for i in range(1, 16)], [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8])
+
+    def test_every_search_may_place_all_buffers(self) -> None:
+        problem = Problem.of([Buffer(t, t + 2, 1) for t in range(1_500)])
+        undecided = UNDECIDED, 0, np.zeros(1_500, np.int64)
+        with mock.patch("olla.place.restarts.search", return_value=undecided) as searched:
+            found = list(searches(problem, 2, 6, np.random.default_rng(0), np.zeros_like(problem.load)))
+        nodes = [call.args[-1] for call in searched.call_args_list]
+        self.assertEqual((len(found), len(nodes)), (6, 6))
+        self.assertGreater(min(nodes), 1_500)
+
+    def test_ejections_begin_below_a_placement_that_is_known(self) -> None:
+        given = stream(1_000, longest=40)
+        problem = Problem.of(given)
+        fits = sorted((int((offsets + problem.sizes).max()), offsets.tolist()) for _, offsets in first_fits(problem))
+        (known, _), (worst, offsets) = fits[0], fits[-1]
+        self.assertLess(known, worst)
+        random = np.random.default_rng(0)
+        lower = islice(filter(None, lowered(problem, np.array(offsets), known, random)), 3)
+        tops = [known, *(int((found + problem.sizes).max()) for _, found in lower)]
+        self.assertEqual(len(tops), 4)
+        self.assertEqual(tops, sorted(set(tops), reverse=True))
 
     def test_a_tight_instance_is_solved(self) -> None:
         square = tight()
