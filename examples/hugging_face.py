@@ -12,9 +12,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 tokens = torch.randint(0, 512, (8, 64))
 batch = {"input_ids": tokens, "labels": tokens}  # with labels, the output has a .loss: no loss_fn is needed
 
-print(olla.frontier(model, batch, optimizer=optimizer, points=4, time_limit=20))  # runs nothing
+print(olla.frontier(model, batch, optimizer=optimizer, points=4, time_limit=10))  # runs nothing
 
-step = olla.optimize(model, batch, optimizer=optimizer, memory_budget=0.5, time_limit=20)  # half of eager's bytes
+step = olla.optimize(model, batch, optimizer=optimizer, memory_budget=0.5, time_limit=10)  # half of eager's bytes
 for _ in range(5):
     loss = step(**batch)
 print(f"loss {loss:.3f}")
