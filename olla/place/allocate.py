@@ -22,7 +22,7 @@ from olla.place.windows import rebuilt
 
 __all__ = ["allocate"]
 
-_SEARCHED = 3_000  # buffers; above, first fits, ejections and windows take turns, in rounds, and end
+_SEARCHED = 3_000  # buffers; above, after the finest grid, first fits, ejections and windows take turns, in rounds, and end
 _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
