@@ -163,6 +163,7 @@ class Models(CompiledTestCase):
         images, classes = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2,))
         self.assert_training_same(model, lambda net: F.cross_entropy(net(images), classes))
 
+    @slow
     def test_bert(self) -> None:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         self.check_language(transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=100, **sizes)))

@@ -76,6 +76,7 @@ class VisionModels(EagerTestCase):
     def test_resnet50(self) -> None:
         self.check("resnet50")
 
+    @slow
     def test_vgg11(self) -> None:
         self.check_model(narrow(torchvision.models.vgg11(num_classes=CLASSES, init_weights=False)), (3, 32, 32))
 
