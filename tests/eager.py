@@ -18,7 +18,7 @@ import olla
 
 STEPS = 5
 MOST_RECORDINGS = 5  # and the step after them
-PLANNING_SECONDS = 10.0  # what counts here is that plans are kept, not how good they are
+PLANNING_SECONDS = 15.0  # what counts here is that plans are kept, not how good they are
 
 
 @dataclass
