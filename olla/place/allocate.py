@@ -22,7 +22,9 @@ from olla.place.windows import rebuilt
 
 __all__ = ["allocate"]
 
-_SEARCHED = 3_000  # buffers; above, after the finest grid, first fits, ejections and windows take turns, in rounds, and end
+_SEARCHED = (
+    3_000  # buffers; above, after the finest grid, first fits, ejections and windows take turns, in rounds, and end
+)
 _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
@@ -128,7 +130,10 @@ class _Search:
     @property
     def _goal(self) -> int:
         """What is low enough: the capacity, or near the bound."""
-        return int(self.bound * (1 + self._gap)) if self._capacity is None else self._capacity
+        return self._near(self.bound) if self._capacity is None else self._capacity
+
+    def _near(self, bound: int) -> int:
+        return int(bound * (1 + self._gap))
 
     def run(self) -> None:
         """Try first fits, improve them, then search, until the bound or the capacity is met or time is over."""
@@ -170,13 +175,13 @@ class _Search:
         fits = [found[1] for found in first_fits(self._problem) if found]
         fits.sort(key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
         for offsets in fits[:_STARTS]:
-            self._try(lowered(self._problem, offsets, self.top, self._others), self._half_of_the_rest)
+            self._try(lowered(self._problem, offsets, self._others, self.top), self._half_of_the_rest)
 
     def _search_grids(self) -> bool:
         """Place what is large by itself, then what is small around it; whether that was the best so far."""
         before = self.top
         for grid in grids(self._problem, _SEARCHED):
-            near = grid.problem.bound if grid.is_rounded else int(grid.problem.bound * (1 + self._gap))
+            near = grid.problem.bound if grid.is_rounded else self._near(grid.problem.bound)
             large = _Search(grid.problem, near, 0.0, self._half_of_the_rest)
             if grid.is_rounded:
                 large.run()
@@ -214,7 +219,7 @@ class _Search:
     def _gains(self, lower: Callable[..., Iterator[tuple[str, Integers] | None]]) -> bool:
         """Try that for half of the time that is left at most; whether it was worth while."""
         before = self.top
-        self._try(lower(self._problem, self.offsets, self.top, self._others), self._half_of_the_rest)
+        self._try(lower(self._problem, self.offsets, self._others), self._half_of_the_rest)
         return not self._ended and before - self.top > _LEAST * self.bound
 
     @property
@@ -268,7 +273,7 @@ def _compile_searches() -> None:
     """That takes some ten seconds, once, so it is done only when a first fit is not good enough."""
     problem, random = _pair(), np.random.default_rng(0)
     for tries in (
-        lowered(problem, np.array([0, 9]), 10, random),
+        lowered(problem, np.array([0, 9]), random),
         searches(problem, 2, 1, random, np.zeros_like(problem.load)),
     ):
         next(tries)

@@ -35,10 +35,11 @@ Numbers = npt.NDArray[np.float64]
 
 
 def lowered(
-    problem: Problem, offsets: Integers, top: int, random: np.random.Generator
+    problem: Problem, offsets: Integers, random: np.random.Generator, below: int | None = None
 ) -> Iterator[tuple[str, Integers] | None]:
-    """Lower and lower placements, all below ``top``; None now and then, to look at the clock."""
-    bound, share = problem.bound, _SHARE
+    """Lower and lower placements, the first one below what is known; None now and then, to look at the clock."""
+    bound, share, top = problem.bound, _SHARE, int((offsets + problem.sizes).max())
+    top = top if below is None else min(top, below)
     area = problem.sizes * (problem.last - problem.first + 1.0)
     heaviness = area * (problem.largest(problem.load) / bound) ** _FULLEST
     heaviness /= heaviness.mean()

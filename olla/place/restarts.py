@@ -20,7 +20,7 @@ from olla.place.search import UNDECIDED, search
 __all__ = ["searches"]
 
 _NODES = 1_000  # of the first searches, or as many for each buffer,
-_NODES_EACH = 1.25  # because what is found is found almost straight away; some later ones get more, see _luby,
+_NODES_EACH = 1.25  # because what is found is found almost straight away (RAFT); some later ones get more, see _luby,
 _WORK = 20_000_000  # but not more than this, divided by the number of buffers: a second or two
 _AT_ONCE = 2
 _FORGETTING = 0.9  # of the blame of a section that is left after each search

@@ -26,11 +26,10 @@ _FAILURES = 3  # in a row
 _SEARCHES = 20  # of one window
 
 
-def rebuilt(
-    problem: Problem, offsets: Integers, top: int, random: np.random.Generator
-) -> Iterator[tuple[str, Integers] | None]:
-    """Lower and lower placements, all below ``top``; None now and then, to look at the clock."""
-    bound, share, free, failures = problem.bound, _SHARE, _FREE, 0
+def rebuilt(problem: Problem, offsets: Integers, random: np.random.Generator) -> Iterator[tuple[str, Integers] | None]:
+    """Lower and lower placements; None now and then, to look at the clock."""
+    bound, top = problem.bound, int((offsets + problem.sizes).max())
+    share, free, failures = _SHARE, _FREE, 0
     while top - bound > _CLOSE * bound and failures < _FAILURES:
         ceiling = min(top - 1, int(top - share * (top - bound)))
         for found in _below(problem, offsets, ceiling, free, random):
