@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import resource
 import threading
 import weakref
 from typing import Any
@@ -368,6 +369,28 @@ class ExecutionTest(EagerTestCase):
             os._exit(0 if same else 1)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0)
         self.assert_same(step(x), expected, "result")
+
+    def test_what_the_step_calls_has_room_on_the_stack_however_deep_that_is(self) -> None:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(24))), torch.randn(4, 16)
+        step = olla.optimize(model, x, optimizer=sgd(model.parameters()), loss_fn=lambda y, t: (y - t).sum(), targets=x)
+        self.addCleanup(step.close)
+        for _ in range(4):
+            step(x, targets=x)
+        self.assert_at_planned_addresses(step)
+        self.assertGreater(step.code.count("self.update_"), 20)
+
+        def faults(depth: int) -> int:
+            if depth:
+                return faults(depth - 1)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            step(x, targets=x)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        # A chunk of CPython's stack has room for some hundred calls. At its end each call gets another, and two faults:
+        # else at twelve of these depths, now at one, where that end is between two short functions.
+        found = [min(faults(depth) for _ in range(3)) for depth in range(150)]
+        self.assertLess(sum(number > 40 for number in found), 4)
 
     def test_all_signatures_share_one_arena(self) -> None:
         step, x = self.inference()

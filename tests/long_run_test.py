@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from eager import EagerTestCase, side
+from interrupts import heed_interrupts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -177,6 +178,7 @@ class InterruptionsTest(EagerTestCase):
     def setUp(self) -> None:
         torch.manual_seed(0)
         self.addCleanup(TROUBLE.clear)
+        heed_interrupts(self)
         self.model = Interrupted()
 
     def test_ctrl_c_in_any_run_of_a_step(self) -> None:

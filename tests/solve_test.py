@@ -19,6 +19,7 @@ import numpy as np
 from graphs import settings  # sets the profile
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupts import heed_interrupts
 
 from olla import InvalidModelError, SolverUnavailableError
 from olla.solve import Model, Result, Status, available, highs, solve, solver
@@ -276,6 +277,7 @@ class Cases:
         self.assertEqual(result.status, Status.FEASIBLE)
 
     def test_a_stop_without_a_solution_is_raised(self) -> None:
+        heed_interrupts(self)
         timer = Timer(0.3, _thread.interrupt_main)
         timer.start()
         with self.assertRaises(KeyboardInterrupt):

@@ -124,8 +124,9 @@ class _Attempt:
         _warn_of_changes(program, program.own_attributes - known)
         _require_known_tensors(module)
         _erase_profiler_marks(module)
+        finished = self._finished(module)
         rewrite(module)
-        return self._finished(module)
+        return finished
 
     def _run(self, state: list[Tensor], gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
         """The step as a function of all the tensors it depends on; this is what is traced."""

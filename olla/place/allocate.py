@@ -31,8 +31,7 @@ _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
 _STARTS = 3  # first fits that ejections begin with
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
-_FEW_RESTARTS = 12  # searches for one capacity, before another one is tried
-_FEWEST_RESTARTS = 4  # where the first few are enough, as a rule, or sixty are in vain
+_FEW_RESTARTS = 12  # searches for one capacity, before another one, or another way, is tried
 _UNKNOWN = 2**62
 
 
@@ -187,7 +186,7 @@ class _Search:
                 large.run()
             else:
                 large.fit()
-                large._reach(near, _FEWEST_RESTARTS)
+                large._reach(near, _FEW_RESTARTS)
             if large.top > near:
                 continue
             rest = _Search(grid.around(self._problem, large.offsets), None, self._gap, self._half_of_the_rest)

@@ -11,6 +11,7 @@ from olla.capture.rewrite.batch_norm import allocate_gradients_of_batch_norms_on
 from olla.capture.rewrite.cross_entropy import compute_loss_gradients_by_rows
 from olla.capture.rewrite.disjoint_sum import sum_disjoint_parts_in_place
 from olla.capture.rewrite.dropout import draw_bytes_for_dropout
+from olla.capture.rewrite.needless import erase_needless_calls
 from olla.capture.rewrite.weight_gradient import slice_weight_gradients
 
 __all__ = ["rewrite"]
@@ -18,6 +19,7 @@ __all__ = ["rewrite"]
 
 def rewrite(module: fx.GraphModule) -> None:
     """Replace what is worth it, in place."""
+    erase_needless_calls(module.graph)
     slice_weight_gradients(module.graph)
     compute_loss_gradients_by_rows(module.graph)
     sum_disjoint_parts_in_place(module.graph)
