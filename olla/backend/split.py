@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import fx
 
 from olla.backend.joint import boundary
+from olla.run.emit import runnable
 
 __all__ = ["split"]
 
@@ -44,4 +45,4 @@ def _module(
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(fx.map_arg(tuple(outputs), copies.__getitem__))
-    return fx.GraphModule(root, graph, class_name="Planned")
+    return runnable(root, graph, "Planned")

@@ -17,7 +17,7 @@ from olla.run.random import random_state, replay
 from olla.run.spill import Spiller
 from olla.torch_private import OpOverload, forget_source_with
 
-__all__ = ["Tell", "Watch", "emit"]
+__all__ = ["Tell", "Watch", "emit", "runnable"]
 
 
 Tell = Callable[[int], None]
@@ -91,11 +91,8 @@ class _Emitter:
         self._require(output.all_input_nodes)
         self._copy(output)
         constants = {str(n.target): getattr(module, str(n.target)) for n in self._emitted if n.op == "get_attr"}
-        root: dict[str, object] = constants | self._updates | self._hooks
-        planned = fx.GraphModule(root, self._graph, class_name="PlannedStep")
-        forget_source_with(planned)
-        _give_room_for_calls(type(planned).forward)
-        return planned
+        root: dict[str, Any] = constants | self._updates | self._hooks
+        return runnable(root, self._graph, "PlannedStep")
 
     def _emit_op(self, position: int, index: int) -> None:
         node = self._lowered.nodes[index]
@@ -198,11 +195,15 @@ def _device_of(node: fx.Node) -> torch.device:
     return tensors_of(node.meta["val"])[0].device
 
 
-def _give_room_for_calls(function: Any) -> None:
-    """Let the frame of ``function`` begin a chunk of CPython's stack, which then has room for what it calls.
+def runnable(root: fx.GraphModule | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A module that runs ``graph``, with a frame that begins a chunk of CPython's stack.
 
-    It is large, and where it just fits into a chunk, each call of Python code (of an optimizer, say) would get a
-    chunk from the system and give it back: that took half as long again as the step of an MNASNet.
+    The frame is large, and where it just fits into a chunk, each call of Python code from it (of an optimizer, say)
+    would get a chunk from the system and give it back: that made a step of an MNASNet take half as long again.
     """
-    code = function.__code__
-    function.__code__ = code.replace(co_stacksize=max(_OWN_CHUNK, code.co_stacksize))
+    module = fx.GraphModule(root, graph, class_name=name)
+    forget_source_with(module)
+    forward: Any = type(module).forward
+    code = forward.__code__
+    forward.__code__ = code.replace(co_stacksize=max(_OWN_CHUNK, code.co_stacksize))
+    return module
