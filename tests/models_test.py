@@ -21,7 +21,7 @@ from bench.models import classification_loss, flow_loss, segmentation_loss
 
 transformers.logging.set_verbosity_error()
 CLASSES = 10
-slow = unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "takes half a minute: set RUN_SKIPPED=1")
+slow = unittest.skipUnless(os.environ.get("RUN_SKIPPED"), "takes some ten seconds: set RUN_SKIPPED=1")
 
 
 @contextmanager
@@ -76,7 +76,6 @@ class VisionModels(EagerTestCase):
     def test_resnet50(self) -> None:
         self.check("resnet50")
 
-    @slow
     def test_vgg11(self) -> None:
         self.check_model(narrow(torchvision.models.vgg11(num_classes=CLASSES, init_weights=False)), (3, 32, 32))
 
