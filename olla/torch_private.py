@@ -88,6 +88,7 @@ __all__ = [
     "process_group",
     "real_tensors",
     "remove_step_hooks",
+    "reshapes_in_place",
     "running_autograd_node",
     "runs_scaler",
     "storage_key",
@@ -209,6 +210,11 @@ def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
     """Position and name of each argument that ``operator`` declares to change in place."""
     arguments = enumerate(operator._schema.arguments)
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def reshapes_in_place(target: object) -> bool:
+    """Whether a call of ``target`` changes the shape of the tensor that it is given, but not of other views of it."""
+    return isinstance(target, OpOverload) and torch.Tag.inplace_view in target.tags
 
 
 def process_group(name: str) -> ProcessGroup:

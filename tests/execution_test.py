@@ -387,8 +387,8 @@ class ExecutionTest(EagerTestCase):
             step(x, targets=x)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-        # A chunk of CPython's stack has room for some hundred calls. At its end each call gets another, and two faults:
-        # else at twelve of these depths, now at one, where that end is between two short functions.
+        # A chunk of CPython's stack has room for some hundred calls. At its end each call gets another, and two faults.
+        # On Python 3.11 that was so at twelve of these depths; it is at one, with that end between two short functions.
         found = [min(faults(depth) for _ in range(3)) for depth in range(150)]
         self.assertLess(sum(number > 40 for number in found), 4)
 

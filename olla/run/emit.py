@@ -15,7 +15,7 @@ from olla.capture.updates import UPDATE, Update
 from olla.graph.plan import extra_runs
 from olla.run.random import random_state, replay
 from olla.run.spill import Spiller
-from olla.torch_private import OpOverload, forget_source_with
+from olla.torch_private import forget_source_with, reshapes_in_place
 
 __all__ = ["Tell", "Watch", "emit", "runnable"]
 
@@ -96,7 +96,7 @@ class _Emitter:
 
     def _emit_op(self, position: int, index: int) -> None:
         node = self._lowered.nodes[index]
-        if isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags:
+        if reshapes_in_place(node.target):
             self._take_views_before(index)
         self._require(node.all_input_nodes)
         self._call("op", position)

@@ -1,4 +1,4 @@
-"""Traced calls replaced by others that compute the same bits and need less memory.
+"""Traced calls replaced by others that compute the same bits and need less memory, or by nothing.
 
 A file for each pattern: it finds the calls, and puts others in their place.
 """
