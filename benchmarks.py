@@ -68,7 +68,7 @@ from bench.contest import Result, show_contest
 from bench.document import write_document
 from bench.evidence import Evidence
 from bench.ilp import FORMS, ILP, solve_form
-from bench.log import read_log, write_log
+from bench.log import read_log, set_aside, write_log
 from bench.machine import machine
 from bench.malloc import tune_malloc
 from bench.models import MODELS, QUICK
@@ -255,12 +255,11 @@ def _cases(options: argparse.Namespace, command: str) -> list[Row]:
 
 
 def _run_cases(options: argparse.Namespace, command: str) -> list[Row]:
-    log = read_log(options.log_path, Row) if options.append_log and options.log_path.exists() else []
+    log = _log_before(options.log_path, Row, options.append_log)
     known = {row.case: row for row in log if not row.error}
     cases = [known.get(case.case, case) for case in _cases(options, command)]
-    ops_path = options.log_path.with_suffix(".ops.csv")
     if options.gpu_profile and not options.append_log:
-        ops_path.unlink(missing_ok=True)
+        set_aside(options.log_path.with_suffix(".ops.csv"))
 
     def run(row: Row) -> None:
         nonlocal log
@@ -313,7 +312,7 @@ def _run_contests(options: argparse.Namespace, command: str) -> list[Result]:
     log_path = _contest_path(options)
     subjects, modes = (COMPILED, ("train", "eval")) if options.compile else (SUBJECTS, ("train",))
     made = _made("cpu", command)
-    results = read_log(log_path, Result) if options.append_log and log_path.exists() else []
+    results = _log_before(log_path, Result, options.append_log)
     for name, mode in product(options.model or subjects, modes):
         subject = subjects[name]
         if (name, mode) not in {(result.model, result.mode) for result in results}:
@@ -346,6 +345,7 @@ def _beside(log_path: Path, kind: str) -> Path:
 
 def _run_soak(options: argparse.Namespace, command: str) -> None:
     path = _beside(options.log_path, "soak")
+    _log_before(path, Moment, go_on=False)
     moments: list[Moment] = []
     for moment in soak(STEPS, partial(Moment, **_made("cpu", command))):
         moments.append(moment)
@@ -354,6 +354,15 @@ def _run_soak(options: argparse.Namespace, command: str) -> None:
             print(f"{moment.steps:6,} steps: {cells.mebibytes(moment.resident_bytes)} MiB, {moment.missed} missed")
     draw_soak(moments, path.with_suffix(".png"))
     print(f"The figures are in {path}, a picture of them in {path.with_suffix('.png')}.")
+
+
+def _log_before(path: Path, kind: type[T], go_on: bool) -> list[T]:
+    """The rows of a log to go on with; if there is to be a new one, the one that is there is set aside."""
+    if go_on:
+        return _there(path, kind)
+    if path.exists():
+        print(f"{path}, which is there already, is kept as {set_aside(path)}; --append-log goes on with it.")
+    return []
 
 
 def _there(path: Path, kind: type[T]) -> list[T]:

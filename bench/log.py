@@ -32,6 +32,14 @@ def write_log(rows: Sequence[Any], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> Path:
+    """Make room for a new log: one that is there, as hours of measuring may be, gets the name that is returned."""
+    before = path.with_suffix(f".before{path.suffix}")
+    if path.exists():
+        os.replace(path, before)
+    return before
+
+
 def read_log(path: Path, kind: type[T]) -> list[T]:
     """The rows of a log, which has a column for each field of ``kind``, and no other.
 

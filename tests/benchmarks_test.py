@@ -212,6 +212,14 @@ class LogTest(unittest.TestCase):
         _, text = self.run_with("-m", "tiny", "-b", "1", "--append-log", "--skip-node-ordering")
         self.assertEqual(len(read_log(self.path, Row)), 4)
 
+    def test_a_new_run_sets_the_log_of_another_aside(self) -> None:
+        self.run_with("-m", "tiny", "-b", "1", "--mode", "eval", "--simulate")
+        first = self.path.read_bytes()
+        _, text = self.run_with("-m", "tiny", "-b", "1", "--mode", "train", "--simulate")
+        self.assertIn("log.csv, which is there already, is kept as ", text)
+        self.assertEqual(self.path.with_name("log.before.csv").read_bytes(), first)
+        self.assertEqual([row.mode for row in read_log(self.path, Row)], ["train"])
+
     def test_rows_that_failed_are_run_again(self) -> None:
         self.run_with("-m", "tiny", "-b", "2", "--simulate", tiny=failing)
         self.run_with("-m", "tiny", "-b", "2", "--simulate", "--append-log")
