@@ -54,7 +54,6 @@ __all__ = [
     "ProcessGroup",
     "TorchDispatchMode",
     "TreeSpec",
-    "address_of",
     "aot_backend",
     "bare_step",
     "boxed",
@@ -189,11 +188,6 @@ def running_autograd_node() -> int | None:
     """The number of the autograd node that runs; None outside of a backward pass."""
     node = torch._C._current_autograd_node()
     return None if node is None else int(node._sequence_nr())
-
-
-def address_of(tensor: Tensor) -> int:
-    """Where the C++ object of ``tensor`` is, for as long as the tensor is kept alive."""
-    return int(tensor._cdata)
 
 
 def storage_key(tensor: Tensor) -> int:

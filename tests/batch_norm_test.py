@@ -1,4 +1,4 @@
-"""Gradients of batch norms have the same bits wherever they are written, and are in memory once, or not at all."""
+"""Batch norms in parts have the same bits as whole; their gradients are in memory once, or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from torch import Tensor, nn, ops
 
 import olla
 from olla.capture.rewrite import batch_norm
-from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT
+from olla.capture.rewrite.batch_norm import (
+    BATCH_NORM_BACKWARD,
+    BATCH_NORM_BACKWARD_OUT,
+    BATCH_NORM_NORMALIZE,
+    BATCH_NORM_STATISTICS,
+)
 from olla.torch_private import cpu_allocations
 
 aten = ops.aten
 SHAPES = [(6, 5), (4, 3, 7), (2, 64, 9, 9), (3, 17, 5, 1), (8, 130, 1, 1), (2, 4, 3, 5, 2)]
 DTYPES = [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
-HAS_KERNEL = batch_norm._kernel() is not None
+HAS_KERNEL = batch_norm._has_kernels()
 
 
 def calls() -> Iterator[list[Any]]:
@@ -79,6 +84,45 @@ class KernelTest(unittest.TestCase):
         self.assert_same(BATCH_NORM_BACKWARD(mixed, x, *others), expected)
 
 
+@unittest.skipUnless(HAS_KERNEL, "the kernels cannot be called here")
+class PartsTest(unittest.TestCase):
+    def test_they_give_the_bits_of_the_whole(self) -> None:
+        torch.manual_seed(0)
+        shapes = [*SHAPES, (1, 8, 33), (2, 24, 3, 3), (5, 1, 2, 2)]
+        for shape, layout, affine, tracked, momentum in itertools.product(
+            shapes, (torch.contiguous_format, torch.channels_last), (True, False), (True, False), (0.1, 1 / 3)
+        ):
+            x = 3 + torch.randn(shape)
+            if len(shape) == 4:
+                x = x.contiguous(memory_format=layout)
+            weight, bias = (torch.randn(shape[1]) if affine else None for _ in range(2))
+            running = [torch.rand(shape[1]) if tracked else None for _ in range(2)]
+            ours = [tensor.clone() if tracked else None for tensor in running]
+            with self.subTest(shape=shape, stride=x.stride(), affine=affine, tracked=tracked, momentum=momentum):
+                expected = aten.native_batch_norm(x, weight, bias, *running, True, momentum, 1e-5)
+                statistics = BATCH_NORM_STATISTICS(x, *ours, momentum, 1e-5)
+                found = BATCH_NORM_NORMALIZE(x, weight, bias, *statistics)
+                self.assertEqual(found.stride(), expected[0].stride())
+                pairs = zip((found, *statistics, *ours), (*expected, *running), strict=True)
+                for one, other in pairs:
+                    self.assertTrue(one is other is None or torch.equal(bits(one), bits(other)))
+
+    def test_other_statistics_than_those_of_pytorch_are_noticed(self) -> None:
+        def biased(*given: Any) -> tuple[Tensor, ...]:
+            mean, invstd = BATCH_NORM_STATISTICS(*given)
+            return mean, torch.nextafter(invstd, invstd + 1)
+
+        keep = batch_norm._statistics_keep_the_bits
+        keep.cache_clear()
+        self.addCleanup(keep.cache_clear)
+        with mock.patch.object(batch_norm, "BATCH_NORM_STATISTICS", biased):
+            self.assertFalse(keep())
+            names = [op.name for op in olla.to_graph(Norms(), torch.randn(4, 8, 16, 16)).ops]
+            self.assertIn("aten.native_batch_norm.default", names)
+        keep.cache_clear()
+        self.assertTrue(keep())
+
+
 class Norms(nn.Sequential):
     """Nothing that has a workspace. The first of the norms has no gradient of its input."""
 
@@ -106,9 +150,28 @@ class StepTest(EagerTestCase):
         self.assertEqual(step.code.count("olla.batch_norm_backward.out("), 3)
         self.assertLess(measured.peak_bytes, measured.baseline_peak_bytes - 2 * self.images().nbytes)
 
+    @unittest.skipUnless(HAS_KERNEL, "the kernel cannot be called here")
+    def test_only_normalizing_runs_again(self) -> None:
+        model = nn.Sequential(nn.Tanh(), Norms())
+        curve = olla.frontier(model, self.images(), optimizer=sgd(model.parameters()))
+        budget = curve.persistent_bytes + curve.schedules[-1].peak_bytes
+        code = self.assert_training_same(model, self.images, memory_budget=budget).code
+        self.assertEqual(code.count("olla.batch_norm_statistics.default("), 4)
+        self.assertGreater(code.count("olla.batch_norm_normalize.default("), 4)
+
+    def test_what_is_not_of_single_precision_or_not_in_training_stays_whole(self) -> None:
+        for model, images in (
+            (Norms().double(), self.images().double()),
+            (Norms().eval(), self.images()),
+            (Norms().bfloat16(), self.images().bfloat16()),
+        ):
+            names = [op.name for op in olla.to_graph(model, images).ops]
+            self.assertNotIn("olla.batch_norm_statistics.default", names)
+            self.assertTrue([name for name in names if "batch_norm" in name])
+
     def test_without_a_compiler_the_operator_stays(self) -> None:
-        batch_norm._kernel.cache_clear()
-        self.addCleanup(batch_norm._kernel.cache_clear)
+        batch_norm._has_kernels.cache_clear()
+        self.addCleanup(batch_norm._has_kernels.cache_clear)
         with mock.patch.dict(os.environ, {"CXX": "/nowhere/compiler", "XDG_CACHE_HOME": "/nowhere"}):
             model = Norms()
             graph = olla.to_graph(model, self.images(), optimizer=sgd(model.parameters()))

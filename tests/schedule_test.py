@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from olla import Graph, Op, Storage
 from olla.graph.lifetimes import memory_profile, peak_bytes
-from olla.order.portfolio import list_schedules, peak, profile, settled
+from olla.order.portfolio import flattened, list_schedules, peak, profile, settled
 from olla.order.problem import Problem
 from olla.order.schedule import program_order, schedule
 
@@ -45,6 +45,30 @@ class ScheduleTest(unittest.TestCase):
             self.assertTrue(is_legal(graph, closer[:-1].tolist()))
             self.assertLessEqual(peak(problem, closer), peak(problem, order))
             self.assertLessEqual(inversions(closer), inversions(order))
+
+    @given(graphs())
+    def test_flattening_lowers_the_highest_first(self, graph: Graph) -> None:
+        problem = Problem.of(graph)
+        for _, order in list_schedules(problem):
+            flatter = flattened(problem, order)
+            self.assertTrue(is_legal(graph, flatter[:-1].tolist()))
+            before, after = (sorted(profile(problem, found).tolist(), reverse=True) for found in (order, flatter))
+            self.assertLess((after, flatter.tolist() != order.tolist()), (before, True))
+
+    def test_ops_wait_until_less_is_in_memory_with_what_needs_them(self) -> None:
+        # "work" and its user need not run while the large one is there.
+        storages = (Storage("large", 100), Storage("given", 2), Storage("result", 1))
+        ops = (
+            Op("begin", creates=(0, 1)),
+            Op("work", reads=(1,), creates=(2,), workspace=10),
+            Op("use the result", reads=(2,)),
+            Op("use the large one", reads=(0,)),
+        )
+        problem = Problem.of(Graph(ops, storages))
+        self.assertEqual(profile(problem, np.arange(5)).tolist(), [102, 113, 101, 100, 0])
+        flatter = flattened(problem, np.arange(5))
+        self.assertEqual(flatter.tolist(), [0, 3, 1, 2, 4])
+        self.assertEqual(profile(problem, flatter).tolist(), [102, 102, 13, 1, 0])
 
     def test_where_memory_is_not_scarce_ops_run_in_program_order(self) -> None:
         # Only the large storage makes a peak; the two small ones need not be dropped early.

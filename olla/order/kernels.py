@@ -11,7 +11,7 @@ from numba import njit
 
 from olla.order.problem import Integers
 
-__all__ = ["BREADTH", "DEPTH", "FREE_FIRST", "LEAST_NET", "LEAST_PEAK", "list_schedule", "profile", "settle"]
+__all__ = ["BREADTH", "DEPTH", "FREE_FIRST", "LEAST_NET", "LEAST_PEAK", "flatten", "list_schedule", "profile", "settle"]
 
 # The rules by which list scheduling chooses among the ops that are ready.
 FREE_FIRST = 0  # an op that frees at least what it allocates, else the next in program order
@@ -19,6 +19,8 @@ LEAST_NET = 1  # the op that allocates least beyond what it frees
 LEAST_PEAK = 2  # the op that raises the peak least, then LEAST_NET
 DEPTH = 3  # the op that became ready last
 BREADTH = 4  # the op that became ready first
+
+_GROUP = 16  # ops that are delayed together, at most
 
 
 @njit(cache=True, nogil=True)
@@ -152,66 +154,156 @@ def settle(
     memory: Integers,
     ceiling: int,
     swaps: int,
+    priority: Integers,
     pred_start: Integers,
     pred: Integers,
     touch_start: Integers,
     touch: Integers,
     sizes: Integers,
     workspace: Integers,
-    priority: Integers,
 ) -> Integers:
     """Swap neighbours that are not in the order of their priority, where that is legal.
 
     Memory may rise up to ``ceiling``, and where it is above, not at all. ``memory`` is that of
     ``order``. Stops after that many swaps.
     """
-    count = len(order)
     order, memory = order.copy(), memory.copy()
-    first = np.full(len(sizes), count, np.int64)  # the step at which each storage's life begins, and ends
-    last = np.full(len(sizes), -1, np.int64)
-    for step in range(count):
-        for k in range(touch_start[order[step]], touch_start[order[step] + 1]):
-            first[touch[k]] = min(first[touch[k]], step)
-            last[touch[k]] = step
-    for end in range(1, count):
+    first, last = _lives(order, touch_start, touch, len(sizes))
+    for end in range(1, len(order)):
         for step in range(end, 0, -1):
             early, late = order[step - 1], order[step]
             if swaps == 0 or priority[early] < priority[late]:
                 break
-            depends = False
-            for k in range(pred_start[late], pred_start[late + 1]):
-                depends |= pred[k] == early
-            if depends:
+            if _needs_any(late, order[step - 1 : step], pred_start, pred):
                 break
-            # What only the one or only the other touches begins or ends one step later, or earlier.
-            at_late = memory[step - 1] - workspace[early] + workspace[late]
-            at_early = memory[step] - workspace[late] + workspace[early]
-            for k in range(touch_start[early], touch_start[early + 1]):
-                storage = touch[k]
-                if not _touches(late, storage, touch_start, touch):
-                    at_late -= sizes[storage] if first[storage] == step - 1 else 0
-                    at_early += sizes[storage] if last[storage] == step - 1 else 0
-            for k in range(touch_start[late], touch_start[late + 1]):
-                storage = touch[k]
-                if not _touches(early, storage, touch_start, touch):
-                    at_late += sizes[storage] if first[storage] == step else 0
-                    at_early -= sizes[storage] if last[storage] == step else 0
+            at_late, at_early = _swapped(step, order, memory, first, last, touch_start, touch, sizes, workspace)
             if max(at_late, at_early) > max(ceiling, memory[step - 1], memory[step]):
                 break
-            for k in range(touch_start[early], touch_start[early + 1]):
-                storage = touch[k]
-                if not _touches(late, storage, touch_start, touch):
-                    first[storage] += 1 if first[storage] == step - 1 else 0
-                    last[storage] += 1 if last[storage] == step - 1 else 0
-            for k in range(touch_start[late], touch_start[late + 1]):
-                storage = touch[k]
-                if not _touches(early, storage, touch_start, touch):
-                    first[storage] -= 1 if first[storage] == step else 0
-                    last[storage] -= 1 if last[storage] == step else 0
-            order[step - 1], order[step] = late, early
+            _swap(step, order, first, last, touch_start, touch)
             memory[step - 1], memory[step] = at_late, at_early
             swaps -= 1
     return order
+
+
+@njit(cache=True, nogil=True)
+def flatten(
+    order: Integers,
+    memory: Integers,
+    ceiling: int,
+    swaps: int,
+    pred_start: Integers,
+    pred: Integers,
+    touch_start: Integers,
+    touch: Integers,
+    sizes: Integers,
+    workspace: Integers,
+) -> Integers:
+    """Delay ops at which memory is above ``ceiling``, with those close behind that need them, to where it is lower.
+
+    Nowhere it rises to more than is left there. ``memory`` is that of ``order``. Stops after that many swaps of
+    neighbours.
+    """
+    best, best_memory = order.copy(), memory.copy()
+    order, memory = order.copy(), memory.copy()
+    first, last = _lives(order, touch_start, touch, len(sizes))
+    for op in order[np.argsort(-memory)]:
+        start, group = int(np.argmax(order == op)), 1
+        lowest, raised = memory[start], 0
+        if lowest <= ceiling or swaps <= 0:
+            break
+        is_best = True  # of what was tried for this op, what it is now
+        while start + group < len(order) and group <= _GROUP and raised < lowest:
+            end = start + group
+            if _needs_any(order[end], order[start:end], pred_start, pred):
+                group += 1
+                continue
+            before = memory[end]
+            for step in range(end, start, -1):
+                memory[step - 1], memory[step] = _swapped(
+                    step, order, memory, first, last, touch_start, touch, sizes, workspace
+                )
+                _swap(step, order, first, last, touch_start, touch)
+            swaps -= group
+            raised = max(raised, memory[start] if memory[start] > before else 0)
+            start += 1
+            highest = max(raised, memory[start : start + group].max())
+            is_best = highest < lowest
+            if is_best:
+                lowest = highest
+                best[:], best_memory[:] = order, memory
+        if not is_best:
+            swaps -= len(order)
+            order[:], memory[:] = best, best_memory
+            first, last = _lives(order, touch_start, touch, len(sizes))
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _lives(order: Integers, touch_start: Integers, touch: Integers, storages: int) -> tuple[Integers, Integers]:
+    """The step at which each storage's life begins, and ends."""
+    first = np.full(storages, len(order), np.int64)
+    last = np.full(storages, -1, np.int64)
+    for step in range(len(order)):
+        for k in range(touch_start[order[step]], touch_start[order[step] + 1]):
+            first[touch[k]] = min(first[touch[k]], step)
+            last[touch[k]] = step
+    return first, last
+
+
+@njit(cache=True, nogil=True)
+def _needs_any(op: int, others: Integers, pred_start: Integers, pred: Integers) -> bool:
+    found = False
+    for k in range(pred_start[op], pred_start[op + 1]):
+        found |= bool(np.any(others == pred[k]))
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _swapped(
+    step: int,
+    order: Integers,
+    memory: Integers,
+    first: Integers,
+    last: Integers,
+    touch_start: Integers,
+    touch: Integers,
+    sizes: Integers,
+    workspace: Integers,
+) -> tuple[int, int]:
+    """Bytes at ``step - 1`` and ``step``, if their ops change places.
+
+    What only the one or only the other touches begins or ends one step later, or earlier.
+    """
+    early, late = order[step - 1], order[step]
+    at_late = memory[step - 1] - workspace[early] + workspace[late]
+    at_early = memory[step] - workspace[late] + workspace[early]
+    for k in range(touch_start[early], touch_start[early + 1]):
+        storage = touch[k]
+        if not _touches(late, storage, touch_start, touch):
+            at_late -= sizes[storage] if first[storage] == step - 1 else 0
+            at_early += sizes[storage] if last[storage] == step - 1 else 0
+    for k in range(touch_start[late], touch_start[late + 1]):
+        storage = touch[k]
+        if not _touches(early, storage, touch_start, touch):
+            at_late += sizes[storage] if first[storage] == step else 0
+            at_early -= sizes[storage] if last[storage] == step else 0
+    return at_late, at_early
+
+
+@njit(cache=True, nogil=True)
+def _swap(step: int, order: Integers, first: Integers, last: Integers, touch_start: Integers, touch: Integers) -> None:
+    early, late = order[step - 1], order[step]
+    for k in range(touch_start[early], touch_start[early + 1]):
+        storage = touch[k]
+        if not _touches(late, storage, touch_start, touch):
+            first[storage] += 1 if first[storage] == step - 1 else 0
+            last[storage] += 1 if last[storage] == step - 1 else 0
+    for k in range(touch_start[late], touch_start[late + 1]):
+        storage = touch[k]
+        if not _touches(early, storage, touch_start, touch):
+            first[storage] -= 1 if first[storage] == step else 0
+            last[storage] -= 1 if last[storage] == step else 0
+    order[step - 1], order[step] = late, early
 
 
 @njit(cache=True, nogil=True)

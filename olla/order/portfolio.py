@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from olla.order import kernels
 from olla.order.problem import Integers, Problem
 
-__all__ = ["list_schedules", "peak", "profile", "settled"]
+__all__ = ["flattened", "list_schedules", "peak", "profile", "settled"]
 
 _RULES = {
     "free first": kernels.FREE_FIRST,
@@ -42,24 +42,29 @@ def profile(problem: Problem, order: Integers) -> Integers:
     return memory
 
 
+def flattened(problem: Problem, order: Integers) -> Integers:
+    """``order``, with less in memory where that is near the peak: the fewer ops are, the easier are addresses found."""
+    memory = profile(problem, order)
+    result: Integers = kernels.flatten(order, memory, _scarce(memory), _SWAPS, *_described(problem))
+    return result
+
+
 def settled(problem: Problem, order: Integers) -> Integers:
     """``order``, closer to program order where memory is not scarce: the peak stays, and all that is near it."""
-    touches, predecessors = problem.touches, problem.predecessors
     memory = profile(problem, order)
-    result: Integers = kernels.settle(
-        order,
-        memory,
-        int(memory.max() * _NOT_SCARCE),
-        _SWAPS,
-        predecessors.start,
-        predecessors.items,
-        touches.start,
-        touches.items,
-        problem.sizes,
-        problem.workspace,
-        problem.priority,
-    )
+    result: Integers = kernels.settle(order, memory, _scarce(memory), _SWAPS, problem.priority, *_described(problem))
     return result
+
+
+def _scarce(memory: Integers) -> int:
+    """Bytes above which memory is scarce."""
+    return int(memory.max() * _NOT_SCARCE)
+
+
+def _described(problem: Problem) -> tuple[Integers, ...]:
+    """What the kernels that swap neighbours need to know."""
+    touches, predecessors = problem.touches, problem.predecessors
+    return predecessors.start, predecessors.items, touches.start, touches.items, problem.sizes, problem.workspace
 
 
 def _list_schedule(problem: Problem, rule: int) -> Integers:

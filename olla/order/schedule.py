@@ -12,7 +12,7 @@ from olla.graph.graph import Graph, Op, Storage
 from olla.graph.plan import Schedule
 from olla.order.bounds import CutBound, alike, must_live, set_cut
 from olla.order.improve import improved
-from olla.order.portfolio import list_schedules, peak, profile, settled
+from olla.order.portfolio import flattened, list_schedules, peak, profile, settled
 from olla.order.precedence import Precedence
 from olla.order.problem import Integers, Problem
 from olla.order.reduce import Reduced
@@ -61,7 +61,8 @@ def schedule(graph: Graph, *, time_limit: float = 60.0) -> Schedule:
     program = np.arange(problem.op_count)
     if peak(problem, program) <= found.peak:
         return _schedule(problem, program, found.bound, _PROGRAM_ORDER, started)
-    return _schedule(problem, settled(problem, found.order), found.bound, found.method, started)
+    order = settled(problem, flattened(problem, found.order))
+    return _schedule(problem, order, found.bound, found.method, started)
 
 
 def program_order(graph: Graph) -> Schedule:
@@ -89,7 +90,7 @@ def _compile() -> None:
     problem = Problem.of(Graph(ops, tuple(Storage("", 1) for _ in range(3))))
     Reduced.of(problem).merged()
     must_live(problem)
-    orders = [settled(problem, order) for _, order in list_schedules(problem)]
+    orders = [settled(problem, flattened(problem, order)) for _, order in list_schedules(problem)]
     precedence = Precedence(problem)
     precedence.propagate(3, np.inf)
     precedence.dearest_pair(1, orders[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from olla.capture.rewrite.batch_norm import allocate_gradients_of_batch_norms_once
+from olla.capture.rewrite.batch_norm import allocate_gradients_of_batch_norms_once, split_batch_norms
 from olla.capture.rewrite.cross_entropy import compute_loss_gradients_by_rows
 from olla.capture.rewrite.disjoint_sum import sum_disjoint_parts_in_place
 from olla.capture.rewrite.dropout import draw_bytes_for_dropout
@@ -24,4 +24,5 @@ def rewrite(module: fx.GraphModule) -> None:
     compute_loss_gradients_by_rows(module.graph)
     sum_disjoint_parts_in_place(module.graph)
     draw_bytes_for_dropout(module.graph)
+    split_batch_norms(module.graph)
     allocate_gradients_of_batch_norms_once(module.graph)

@@ -1,24 +1,133 @@
-// The kernel of PyTorch's batch_norm_backward on the CPU, given the tensors that it writes.
+// Batch norms on the CPU in parts, of the same bits as PyTorch's operators: statistics, normalization, gradients.
 
+#include <ATen/TensorIterator.h>
 #include <ATen/native/batch_norm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
 
 namespace {
 
-at::Tensor tensor(void* known) {  // shared with Python, which knows it by this address; none: undefined
-  using Shared = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-  return known ? at::Tensor(Shared::reclaim_copy(static_cast<c10::TensorImpl*>(known))) : at::Tensor();
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+constexpr int kTogether = 8;  // channels
+
+Tensor defined(const Optional& tensor) { return tensor.value_or(Tensor()); }
+
+bool alike(const Tensor& one, const Tensor& other) {
+  return one.sizes() == other.sizes() && one.strides() == other.strides() && one.dtype() == other.dtype();
+}
+
+// PyTorch adds up one channel after the other, and each addition waits for the one before. Here those of several
+// channels take turns, each channel's in the same order.
+template <int channels>
+void moments(const float* input, int64_t batch, int64_t stride, int64_t image, float* means, float* deviations) {
+  double sums[channels] = {};
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t i = 0; i < image; ++i)
+      for (int c = 0; c < channels; ++c) sums[c] += input[n * stride + c * image + i];
+  float mean[channels];
+  for (int c = 0; c < channels; ++c) {
+    means[c] = mean[c] = sums[c] / (batch * image);
+    sums[c] = 0;
+  }
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t i = 0; i < image; ++i)
+      for (int c = 0; c < channels; ++c) {
+        float deviation = input[n * stride + c * image + i] - mean[c];
+        sums[c] += deviation * deviation;
+      }
+  for (int c = 0; c < channels; ++c) deviations[c] = sums[c];
+}
+
+std::tuple<Tensor, Tensor> batch_norm_statistics(
+    const Tensor& input, const Optional& running_mean, const Optional& running_var, double momentum, double eps) {
+  TORCH_CHECK(input.scalar_type() == at::kFloat && input.is_contiguous(input.suggest_memory_format()));
+  const int64_t channels = input.size(1), batch = input.size(0), count = input.numel() / channels;
+  const int64_t image = count / batch;
+  Tensor mean = at::empty({channels}, input.options()), invstd = at::empty({channels}, input.options());
+  float *means = mean.mutable_data_ptr<float>(), *invstds = invstd.mutable_data_ptr<float>();
+  float* running_means = running_mean ? running_mean->mutable_data_ptr<float>() : nullptr;
+  float* running_vars = running_var ? running_var->mutable_data_ptr<float>() : nullptr;
+  const float *values = input.const_data_ptr<float>(), share = momentum;
+
+  const bool by_channel = image != 1 && input.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  if (!by_channel) at::native::batch_norm_cpu_collect_stats_stub(at::kCPU, mean, invstd, input);
+
+  auto range = [&](int64_t first, int64_t end) {
+    for (int64_t c = first; by_channel && c < end;) {
+      const bool several = c + kTogether <= end;
+      (several ? moments<kTogether> : moments<1>)(
+          values + c * image, batch, channels * image, image, means + c, invstds + c);
+      c += several ? kTogether : 1;
+    }
+    for (int64_t c = first; c < end; ++c) {
+      const float deviations = invstds[c];
+      const double var = deviations / count, unbiased = deviations / (count - 1);
+      invstds[c] = var != 0 || eps != 0 ? 1 / std::sqrt(var + eps) : 0;
+      if (running_means) running_means[c] = share * means[c] + (1 - share) * running_means[c];
+      if (running_vars) running_vars[c] = share * unbiased + (1 - share) * running_vars[c];
+    }
+  };
+  auto all = at::TensorIterator::nullary_op(mean);  // whose loop runs on PyTorch's threads
+  all.for_each(
+      [&](char** data, const int64_t*, int64_t size) {
+        const int64_t first = reinterpret_cast<float*>(data[0]) - means;
+        range(first, first + size);
+      },
+      kTogether);
+  return {mean, invstd};
+}
+
+Tensor batch_norm_normalize(
+    const Tensor& input, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& invstd) {
+  TORCH_CHECK(input.is_contiguous(input.suggest_memory_format()));
+  Tensor output = at::empty_like(input, input.suggest_memory_format());
+  at::native::batch_norm_cpu_stub(
+      at::kCPU, output, input, defined(weight), defined(bias), mean, invstd, Tensor(), Tensor(), true, 0.0);
+  return output;
+}
+
+Three batch_norm_backward_out(
+    const Tensor& gradient, const Tensor& input, const Optional& weight, const Optional& running_mean,
+    const Optional& running_var, const Optional& mean, const Optional& invstd, bool train, double eps,
+    std::array<bool, 3> mask, Tensor& out) {
+  if (!alike(gradient, input) || !alike(input, out)) {
+    auto [of_input, of_weight, of_bias] = at::native_batch_norm_backward(
+        gradient, input, weight, running_mean, running_var, mean, invstd, train, eps, mask);
+    out.copy_(of_input);
+    return {out, of_weight, of_bias};
+  }
+  const auto options = weight ? weight->options() : input.options();
+  Tensor of_weight = at::empty({input.size(1)}, options), of_bias = at::empty({input.size(1)}, options);
+  at::native::batch_norm_cpu_backward_stub(
+      at::kCPU, out, of_weight, of_bias, gradient, input, defined(weight), defined(running_mean), defined(running_var),
+      defined(mean), defined(invstd), train, eps);
+  return {out, of_weight, of_bias};
+}
+
+Three batch_norm_backward(
+    const Tensor& gradient, const Tensor& input, const Optional& weight, const Optional& running_mean,
+    const Optional& running_var, const Optional& mean, const Optional& invstd, bool train, double eps,
+    std::array<bool, 3> mask) {
+  Tensor out = at::empty_like(input);
+  return batch_norm_backward_out(
+      gradient, input, weight, running_mean, running_var, mean, invstd, train, eps, mask, out);
 }
 
 }  // namespace
 
-extern "C" bool olla_batch_norm_backward(void** given, bool train, double eps) {
-  try {
-    at::Tensor of_input = tensor(given[0]), of_weight = tensor(given[1]), of_bias = tensor(given[2]);
-    at::native::batch_norm_cpu_backward_stub(
-        at::kCPU, of_input, of_weight, of_bias, tensor(given[3]), tensor(given[4]), tensor(given[5]), tensor(given[6]),
-        tensor(given[7]), tensor(given[8]), tensor(given[9]), train, eps);
-    return true;
-  } catch (...) {  // which must not reach Python through ctypes
-    return false;
-  }
+TORCH_LIBRARY_IMPL(olla, CPU, library) {
+  library.impl("batch_norm_statistics", batch_norm_statistics);
+  library.impl("batch_norm_normalize", batch_norm_normalize);
+  library.impl("batch_norm_backward", batch_norm_backward);
+  library.impl("batch_norm_backward.out", batch_norm_backward_out);
 }
