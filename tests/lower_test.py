@@ -71,7 +71,12 @@ class EffectsTest(unittest.TestCase):
     def test_batch_norm_writes_its_statistics(self) -> None:
         _, lowered = captured(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 8, 8))
         storages = lowered.graph.storages
-        written = {storages[s].name for op in lowered.graph.ops if "batch_norm_s" in op.name or "native_batch_norm.d" in op.name for s in op.writes}
+        written = {
+            storages[s].name
+            for op in lowered.graph.ops
+            if "batch_norm_s" in op.name or "native_batch_norm.d" in op.name
+            for s in op.writes
+        }
         self.assertEqual(written, {"1.running_mean", "1.running_var"})
 
     def test_efficientnet(self) -> None:
