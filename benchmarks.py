@@ -361,7 +361,7 @@ def _log_before(path: Path, kind: type[T], go_on: bool) -> list[T]:
     if go_on:
         return _there(path, kind)
     if path.exists():
-        print(f"{path}, which is there already, is kept as {set_aside(path)}; --append-log goes on with it.")
+        print(f"{path}, which is there already, is kept as {set_aside(path)}.")
     return []
 
 

@@ -120,6 +120,8 @@ class PartsTest(unittest.TestCase):
             names = [op.name for op in olla.to_graph(Norms(), torch.randn(4, 8, 16, 16)).ops]
             self.assertIn("aten.native_batch_norm.default", names)
         keep.cache_clear()
+        torch.set_default_dtype(torch.float64)
+        self.addCleanup(torch.set_default_dtype, torch.float32)
         self.assertTrue(keep())
 
 

@@ -148,10 +148,10 @@ def _has_kernels() -> bool:
 @cache
 def _statistics_keep_the_bits() -> bool:
     """Whether they are those of this PyTorch, whose kernel for them is not called, but done again at less time."""
-    generator = torch.Generator().manual_seed(0)
+    numbers: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
     for shape, momentum, eps in (((3, 21, 5, 7), 0.1, 1e-5), ((2, 9, 130), 0.37, 1e-3), ((4, 11, 1, 1), 0.01, 0.0)):
-        input_ = 1 + torch.randn(shape, generator=generator, device="cpu")
-        running = [torch.rand(shape[1], generator=generator, device="cpu") for _ in range(2)]
+        input_ = 1 + torch.randn(shape, **numbers)
+        running = [torch.rand(shape[1], **numbers) for _ in range(2)]
         ours = [tensor.clone() for tensor in running]
         expected = aten.native_batch_norm(input_, None, None, *running, True, momentum, eps)[1:]
         found = BATCH_NORM_STATISTICS(input_, *ours, momentum, eps)
