@@ -95,7 +95,7 @@ SUBJECTS = {
             attn_pdrop=0.0,
         ),
         lambda model: model.transformer.h,
-        (216, 160, 105),
+        (216, 179, 160, 105),
     ),
     "resnet50_128": Subject(
         8,
