@@ -17,7 +17,7 @@ import torch
 
 from olla.errors import OllaError
 
-__all__ = ["Library", "NativeUnavailableError"]
+__all__ = ["Library", "NativeUnavailableError", "load_operators"]
 
 _TORCH = Path(torch.__file__).parent
 _FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
@@ -100,6 +100,16 @@ class Library:
             output.chmod(0o700)
             os.replace(output, target)
         return target
+
+
+def load_operators(library: Library, otherwise: str) -> bool:
+    """Register the operators of a library with PyTorch; whether that is possible. If not, ``otherwise`` is logged."""
+    try:
+        torch.ops.load_library(library.compiled())
+    except (NativeUnavailableError, OSError) as error:  # as from a PyTorch that was built for other processors
+        log.info("%s: %s", otherwise, error)
+        return False
+    return True
 
 
 def _is_private(path: Path) -> bool:

@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 
 from olla.capture.program import Program
 from olla.errors import OllaError
-from olla.planning import Draft, Options, ordered, with_addresses, with_workspaces
+from olla.planning import Draft, Options, exceeds_budget, ordered, with_addresses, with_workspaces
 from olla.replaying import Replaying, watch_of
 from olla.run.arena import Arena, Recorder
 from olla.run.emit import Tell, Watch, emit
+from olla.run.products import choose_products, restore_products
 from olla.run.ranks import ALONE, Ranks
 from olla.run.recording import Recording
 from olla.run.runner import Runner
@@ -68,6 +69,8 @@ class Execution(Replaying):
         self._is_timed = False
         self._reorderings = 0
         self._planning: tuple[Future[Any], Callable[[Any], None]] | None = None  # and who takes it up
+        with stage("trying out matrix products", options.progress):
+            choose_products(draft.lowered.nodes)
         self._follow(draft, self._spiller_of(draft))
         if options.background:
             quiet = self._options = replace(options, progress=False)
@@ -191,11 +194,15 @@ class Execution(Replaying):
 
         def take(found: tuple[Draft, Spiller, list[int] | None]) -> None:
             draft, spiller, offsets = found
+            graph, plan = draft.lowered.graph, draft.plan
+            is_too_large = offsets is not None and exceeds_budget(graph, plan.peak_bytes, self._options)
+            if is_too_large and self._ranks.is_alone and restore_products(draft.lowered.nodes):
+                offsets, self._reorderings = None, 0
             if offsets is None:
                 self._reorderings += 1
                 self._follow(draft, spiller)
                 return
-            self._replay(draft.plan, recording, offsets)
+            self._replay(plan, recording, offsets)
             self.draft = draft
 
         self._plan(find, take)

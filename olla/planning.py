@@ -46,6 +46,7 @@ __all__ = [
     "capture",
     "closest",
     "draft",
+    "exceeds_budget",
     "measured",
     "ordered",
     "trade",
@@ -220,7 +221,7 @@ def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options,
     if not reorder or not _is_better(graph, found, plan, seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
-        if options.memory_budget is not None and graph.persistent_bytes + peak > budget_of(graph, options):
+        if exceeds_budget(graph, peak, options):
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
         found = replace(
             found,
@@ -259,7 +260,7 @@ def _is_better(graph: Graph, found: Schedule, plan: Plan, seconds: Sequence[floa
     if options.memory_budget is None:
         return found.peak_bytes < peak
     extra = _extra_seconds(graph, plan, seconds, options)
-    return graph.persistent_bytes + peak > budget_of(graph, options) or found.extra_seconds < _FASTER * extra
+    return exceeds_budget(graph, peak, options) or found.extra_seconds < _FASTER * extra
 
 
 def _extra_seconds(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options) -> float:
@@ -487,6 +488,11 @@ def budget_of(graph: Graph, options: Options) -> int:
     """What the step may hold at once, with what lives across steps."""
     assert options.memory_budget is not None
     return bytes_of(options.memory_budget, graph.persistent_bytes + eager_peak_bytes(graph))
+
+
+def exceeds_budget(graph: Graph, peak: int, options: Options) -> bool:
+    """Whether a step with this peak holds more than it may at once."""
+    return options.memory_budget is not None and graph.persistent_bytes + peak > budget_of(graph, options)
 
 
 def closest(graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None) -> Schedule:

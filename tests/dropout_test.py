@@ -63,7 +63,8 @@ class DropoutTest(EagerTestCase):
         return nn.Sequential(nn.Linear(64, 600), nn.GELU(), nn.Dropout(0.2), nn.Linear(600, 64), nn.Dropout(0.1))
 
     def train(self, model: nn.Module, **options: Any) -> olla.Step:
-        return self.assert_training_same(model, lambda: torch.randn(500, 64), make_optimizer=sgd, steps=3, **options)
+        batch, loss = (lambda: torch.randn(500, 64)), {"loss_fn": F.mse_loss, "targets": lambda: torch.randn(500, 64)}
+        return self.assert_training_same(model, batch, make_optimizer=sgd, steps=3, **loss, **options)
 
     def test_large_dropouts_keep_bytes_and_small_ones_do_not(self) -> None:
         step = self.train(self.block())
@@ -72,7 +73,8 @@ class DropoutTest(EagerTestCase):
     def test_recomputed_dropouts_draw_the_same(self) -> None:
         model = nn.Sequential(*(self.block() for _ in range(3)))
         with self.assertRaises(olla.InfeasibleError) as caught:
-            olla.plan(model, torch.randn(500, 64), optimizer=sgd(model.parameters()), memory_budget=1, place=False)
+            batch, training = torch.randn(500, 64), {"optimizer": sgd(model.parameters()), "loss_fn": F.mse_loss}
+            olla.plan(model, batch, targets=batch.clone(), **training, memory_budget=1, place=False)
         step = self.train(model, memory_budget=caught.exception.best_bytes + 2**14)
         self.assertIn("replay(", step.code)
         self.assertGreater(step.code.count("olla.dropout."), 2 * 3)  # once forward and once backward, and again

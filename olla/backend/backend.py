@@ -29,6 +29,7 @@ from olla.graph.plan import Plan, Schedule
 from olla.order.schedule import schedule
 from olla.planning import ORDERING, Options, closest
 from olla.run.emit import emit
+from olla.run.products import choose_products
 from olla.torch_private import Boxed, aot_backend, min_cut
 
 __all__ = ["olla"]
@@ -112,6 +113,7 @@ class _Planner:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
         allocate_gradients_of_batch_norms_once(module.graph)
         joint = joint_of(module, num_fwd_outputs)
+        choose_products(joint.lowered.nodes)
         joint = replace(joint, lowered=with_measured_workspaces(joint.lowered))
         theirs = schedule_of(joint, parts)
         options = self._options
@@ -139,6 +141,7 @@ class _Planner:
         lowered = lower_module(module)
         lowered = lower_module(module, reuse(lowered))
         found = schedule(lowered.graph, time_limit=self._options.time_limit)
+        choose_products(lowered.nodes)
         plan = Plan.of(lowered.graph, found)
         verify(lowered.graph, plan)
 

@@ -1,4 +1,4 @@
-"""What convolutions and batch norms hold while they run, found out by running them: orders and budgets depend on it."""
+"""What convolutions, batch norms and matrix products hold while they run, found out by running them once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACK
 from olla.compiling import NativeUnavailableError
 from olla.run import native
 from olla.run.arena import Clock, Recorder
+from olla.run.products import BY_ONEDNN
 from olla.run.recording import Recording
 from olla.torch_private import flatten, real_tensors
 
@@ -25,6 +26,7 @@ _MEASURED = (
     torch.ops.aten.native_batch_norm_backward.default,
     BATCH_NORM_BACKWARD,
     BATCH_NORM_BACKWARD_OUT,
+    *BY_ONEDNN.values(),
 )
 
 

@@ -28,7 +28,7 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self._group = group
-        self._is_alone = group is None or group.size() == 1
+        self.is_alone = group is None or group.size() == 1
 
     def together(self, function: Callable[[], T]) -> T:
         """What ``function`` returns here, if it succeeds on all ranks.
@@ -38,7 +38,7 @@ class Ranks:
         ExecutionError
             If it failed on another rank; where it failed, its own exception is raised.
         """
-        if self._is_alone:
+        if self.is_alone:
             return function()
         try:
             value, error = function(), None
@@ -53,7 +53,7 @@ class Ranks:
 
     def from_first(self, function: Callable[[], T]) -> T:
         """What ``function`` returns on rank 0, where alone it is called; its exception is raised on all ranks."""
-        if self._is_alone:
+        if self.is_alone:
             return function()
         assert self._group is not None
         sent: list[tuple[T | None, OllaError | None]] = [(None, None)]
@@ -73,7 +73,7 @@ class Ranks:
 
     def exchange(self, *numbers: int) -> list[list[int]]:
         """The numbers of every rank."""
-        if self._is_alone:
+        if self.is_alone:
             return [[*numbers]]
         assert self._group is not None
         mine = torch.tensor(numbers, device=collective_device(self._group))
@@ -83,7 +83,7 @@ class Ranks:
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         """For each of as many numbers on all ranks, the largest. Integers are exact up to 2**53."""
-        if self._is_alone:
+        if self.is_alone:
             return [*numbers]
         assert self._group is not None
         found = torch.tensor(numbers, dtype=torch.float64, device=collective_device(self._group))
@@ -92,7 +92,7 @@ class Ranks:
 
     def require_same(self, lines: Sequence[str]) -> None:
         """Raise :class:`ExecutionError`, with the first line that differs, unless the lines of all ranks are equal."""
-        if self._is_alone:
+        if self.is_alone:
             return
         first, *others = self._gathered([*lines])
         for rank, theirs in enumerate(others, start=1):
@@ -110,7 +110,7 @@ class Ranks:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Make these tensors on all ranks those of rank 0; small ones travel together."""
-        if self._is_alone:
+        if self.is_alone:
             return
         for pack in _packs(tensor.detach() for tensor in tensors if tensor.numel()):
             flat = torch.cat([tensor.reshape(-1) for tensor in pack])

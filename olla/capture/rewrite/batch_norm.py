@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.rewrite.calls import value_of
-from olla.compiling import Library, NativeUnavailableError
+from olla.compiling import Library, load_operators
 
 __all__ = [
     "BATCH_NORM_BACKWARD",
@@ -135,14 +135,9 @@ def _has_kernels() -> bool:
     """Whether the operators can be called, which are compiled at first use."""
     if platform.machine() not in _FLAGS:
         return False
-    source = Path(__file__).with_suffix(".cpp")
-    try:
-        path = Library(source, flags=_FLAGS[platform.machine()], links=("c10", "torch_cpu")).compiled()
-        ops.load_library(path)
-    except (NativeUnavailableError, OSError) as error:  # as from a PyTorch that was built for other processors
-        log.info("batch norms take the memory and the time that they take in eager PyTorch: %s", error)
-        return False
-    return True
+    flags = _FLAGS[platform.machine()]
+    library = Library(Path(__file__).with_suffix(".cpp"), flags=flags, links=("c10", "torch_cpu"))
+    return load_operators(library, "batch norms take the memory and the time that they take in eager PyTorch")
 
 
 @cache

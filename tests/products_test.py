@@ -1,0 +1,187 @@
+"""Matrix products by oneDNN have the bits of MKL's, are used where they are faster, and never cost a budget."""
+
+from __future__ import annotations
+
+import itertools
+import unittest
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from eager import EagerTestCase, bits, sgd, side
+from torch import Tensor, fx, nn, ops
+from torch.nn import functional as F
+
+import olla
+from olla.run import products
+from olla.run.products import choose_products, restore_products
+from olla.torch_private import trace_fake
+
+aten = ops.aten
+MAY_BE_FASTER = products._may_be_faster()
+SHAPES = [(64, 64, 64), (37, 200, 51), (2050, 256, 30), (30, 385, 1030), (2049, 64, 1025), (96, 2000, 128)]
+SPECIAL = [0.0, -0.0, 1e-40, -1e-30, torch.inf, -torch.inf, torch.nan, 3e38]
+
+only_here = unittest.skipUnless(MAY_BE_FASTER, "MKL uses all of this processor, or oneDNN cannot be called")
+any_time = mock.patch.object(products, "_FASTER", float("inf"))  # bits decide alone
+
+
+def matrices() -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors of several shapes: both, one or none of them transposed, or a part of a larger one."""
+    for (rows, depth, columns), layouts in itertools.product(SHAPES, itertools.product(range(3), repeat=2)):
+        torch.manual_seed(0)
+        yield tuple(  # type: ignore[misc]
+            (torch.randn(shape), torch.randn(shape[::-1]).t(), torch.randn(shape[0], shape[1] + 5)[:, 2:-3])[layout]
+            for shape, layout in zip(((rows, depth), (depth, columns)), layouts, strict=True)
+        )
+
+
+@only_here
+class OperatorTest(EagerTestCase):
+    def test_products_have_the_bits_of_mkl(self) -> None:
+        threads = torch.get_num_threads()
+        for one, other in matrices():
+            out = one.shape[0], other.shape[1]
+            with self.subTest(one=(one.shape, one.stride()), other=(other.shape, other.stride())):
+                self.assert_same(ops.olla.mm(one, other, threads), aten.mm(one, other), "mm")
+                for bias in (torch.randn(out[1]), torch.randn(out), torch.randn(out[0], 1)):
+                    found, expected = ops.olla.addmm(bias, one, other, threads), aten.addmm(bias, one, other)
+                    self.assert_same(found, expected, f"addmm, bias of {tuple(bias.shape)}")
+
+    def test_special_numbers_have_them_too(self) -> None:
+        torch.manual_seed(0)
+        one, other = torch.randn(64, 300), torch.randn(300, 48)
+        for row, (first, second) in enumerate(itertools.product(SPECIAL, repeat=2)):
+            one[row, 7 * row % 300], other[7 * row % 300, row % 48] = first, second
+        one[5], other[:, 5] = -0.0, 1.0  # nothing but -0 is added up
+        found, expected = ops.olla.mm(one, other, torch.get_num_threads()), aten.mm(one, other)
+        self.assertTrue(expected.isnan().any() and expected.isinf().any() and expected.isfinite().any())
+        self.assert_same(found, expected, "special numbers")
+
+    def test_another_number_of_threads_is_left_to_mkl(self) -> None:
+        one, other = torch.randn(40, 300), torch.randn(300, 50)
+        with torch.profiler.profile() as profile:
+            found = ops.olla.mm(one, other, torch.get_num_threads() + 1)
+        self.assertIn("aten::mm", {event.key for event in profile.key_averages()})
+        self.assert_same(found, aten.mm(one, other), "mm")
+
+
+@only_here
+class ChoiceTest(unittest.TestCase):
+    def chosen(self, one: Tensor, other: Tensor) -> fx.Node:
+        """The call, as it is chosen, that multiplies these."""
+        node = trace_fake(torch.mm, one, other).graph.find_nodes(op="call_function", target=aten.mm.default)[0]
+        with any_time:
+            choose_products([node])
+        return node
+
+    def test_what_is_faster_is_taken_and_can_be_put_back(self) -> None:
+        node = self.chosen(torch.randn(300, 400), torch.randn(400, 500))
+        self.assertIs(node.target, ops.olla.mm.default)
+        self.assertEqual(node.args[2], torch.get_num_threads())
+        with self.assertLogs("olla", "WARNING"):
+            self.assertTrue(restore_products([node]))
+        self.assertIs(node.target, aten.mm.default)
+        self.assertEqual(len(node.args), 2)
+        self.assertFalse(restore_products([node]))
+
+    def test_what_is_small_or_in_double_precision_stays(self) -> None:
+        for one in (torch.randn(30, 400), torch.randn(300, 400, dtype=torch.float64)):
+            node = self.chosen(one, torch.randn(400, 500, dtype=one.dtype))
+            self.assertIs(node.target, aten.mm.default)
+
+    def test_what_takes_longer_stays(self) -> None:
+        with mock.patch.object(products, "_timed", lambda call: (call(), 1.0)):
+            self.assertFalse(products._is_faster.__wrapped__(aten.mm.default, LAYOUTS, torch.get_num_threads()))
+
+    def test_what_has_other_bits_stays(self) -> None:
+        def halves(one: Tensor, other: Tensor, _: int) -> Tensor:
+            return one[:, :200] @ other[:200] + one[:, 200:] @ other[200:]
+
+        with any_time, mock.patch.dict(products.BY_ONEDNN, {aten.mm.default: halves}):  # type: ignore[dict-item]
+            self.assertFalse(products._is_faster.__wrapped__(aten.mm.default, LAYOUTS, torch.get_num_threads()))
+
+
+LAYOUTS = (((300, 400), (400, 1), 0), ((400, 500), (1, 400), 8))
+
+
+class MachineTest(unittest.TestCase):
+    def test_processors_that_mkl_uses_whole_are_left_to_it(self) -> None:
+        capability = "torch.backends.cpu.get_cpu_capability"
+        for name, value in (("platform.machine", "aarch64"), (capability, "AVX2"), (INTEL, True)):
+            with self.subTest(name), mock.patch(name, return_value=value):
+                self.assertFalse(products._may_be_faster.__wrapped__())
+
+
+INTEL = "olla.run.products._is_of_intel"
+
+
+@only_here
+@any_time
+class StepTest(EagerTestCase):
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+        wide = 512
+        layers = (nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, 8))
+        self.side = side(nn.Sequential(*layers), sgd)
+        self.inputs, self.targets = torch.randn(2048, wide), torch.randint(0, 8, (2048,))
+
+    def test_steps_have_eager_bits_and_the_planned_peak(self) -> None:
+        losses, measurement, targets = self.trained(None)
+        self.assertTrue({ops.olla.mm.default, ops.olla.addmm.default} <= targets, targets)
+        self.assertEqual(losses, self.eager_losses(len(losses)))
+        self.assertEqual(measurement.planned_bytes, measurement.peak_bytes)
+
+    def test_the_smallest_budget_is_kept_by_mkl(self) -> None:
+        with self.assertRaises(olla.InfeasibleError) as raised:
+            self.trained("1KiB")
+        with self.assertLogs("olla", "WARNING") as logged:
+            losses, measurement, targets = self.trained(raised.exception.best_bytes)
+        self.assertIn("MKL's again", logged.output[-1])
+        self.assertIn(aten.mm.default, targets)
+        self.assertNotIn(ops.olla.mm.default, targets)
+        self.assertEqual(losses, self.eager_losses(len(losses)))
+        self.assertEqual(measurement.planned_bytes, measurement.peak_bytes)
+        self.assertLessEqual(measurement.peak_bytes + self.persistent, raised.exception.best_bytes)
+
+    def test_compiled_models_use_them(self) -> None:
+        eager, compiled = self.side.copy(), self.side.copy()
+        model = torch.compile(compiled.model, backend="olla")
+        with torch.profiler.profile() as profile:
+            for _ in range(4):
+                for module, optimizer in ((eager.model, eager.optimizer), (model, compiled.optimizer)):
+                    assert optimizer is not None
+                    F.cross_entropy(module(self.inputs), self.targets).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        self.assertIn("olla::mm", {event.key for event in profile.key_averages()})
+        for ours, theirs in zip(compiled.model.parameters(), eager.model.parameters(), strict=True):
+            self.assertTrue(torch.equal(bits(ours), bits(theirs)))
+
+    def trained(self, budget: str | int | None) -> tuple[list[float], olla.Measurement, set[object]]:
+        """The losses of planned steps, what they need, and what they call."""
+        mine = self.side.copy()
+        options = {"loss_fn": F.cross_entropy, "targets": self.targets, "optimizer": mine.optimizer}
+        step = olla.optimize(mine.model, (self.inputs,), memory_budget=budget, progress=False, **options)
+        with step:
+            losses = [float(step(self.inputs, targets=self.targets)) for _ in range(6)]
+            execution = step._current
+            assert execution is not None
+            self.persistent = execution.draft.lowered.graph.persistent_bytes
+            targets = {node.target for node in execution.draft.lowered.nodes}
+            return losses, step.measure(self.inputs, targets=self.targets), targets
+
+    def eager_losses(self, steps: int) -> list[float]:
+        mine, losses = self.side.copy(), []
+        assert mine.optimizer is not None
+        for _ in range(steps):
+            loss = F.cross_entropy(mine.model(self.inputs), self.targets)
+            loss.backward()
+            mine.optimizer.step()
+            mine.optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses
+
+
+if __name__ == "__main__":
+    unittest.main()
