@@ -69,8 +69,9 @@ class Execution(Replaying):
         self._is_timed = False
         self._reorderings = 0
         self._planning: tuple[Future[Any], Callable[[Any], None]] | None = None  # and who takes it up
-        with stage("trying out matrix products", options.progress):
-            choose_products(draft.lowered.nodes)
+        if ranks.is_alone or options.memory_budget is None:  # several ranks cannot have them restored
+            with stage("trying out matrix products", options.progress):
+                choose_products(draft.lowered.nodes)
         self._follow(draft, self._spiller_of(draft))
         if options.background:
             quiet = self._options = replace(options, progress=False)
