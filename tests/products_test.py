@@ -90,6 +90,11 @@ class ChoiceTest(unittest.TestCase):
             node = self.chosen(one, torch.randn(400, 500, dtype=one.dtype))
             self.assertIs(node.target, aten.mm.default)
 
+    def test_nothing_changes_where_onednn_is_turned_off(self) -> None:
+        with torch.backends.mkldnn.flags(enabled=False):
+            node = self.chosen(torch.randn(300, 400), torch.randn(400, 500))
+        self.assertIs(node.target, aten.mm.default)
+
     def test_what_takes_longer_stays(self) -> None:
         with mock.patch.object(products, "_timed", lambda call: (call(), 1.0)):
             self.assertFalse(products._is_faster.__wrapped__(aten.mm.default, LAYOUTS, torch.get_num_threads()))

@@ -54,6 +54,8 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offs
 
 def choose_products(nodes: Iterable[fx.Node]) -> None:
     """Let oneDNN do the matrix products among ``nodes`` that it does faster, with the same bits, on this machine."""
+    if not torch.backends.mkldnn.enabled:  # PyTorch's name for oneDNN
+        return
     for node in nodes:
         target, threads = node.target, torch.get_num_threads()
         if isinstance(target, OpOverload) and target in BY_ONEDNN and _is_known(node) and _may_be_faster():
