@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import unittest
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
-from eager import EagerTestCase, bits, sgd, side
+from eager import EagerTestCase, sgd, side
 from torch import Tensor, fx, nn, ops
 from torch.nn import functional as F
 
@@ -21,6 +23,7 @@ aten = ops.aten
 MAY_BE_FASTER = products._may_be_faster()
 SHAPES = [(64, 64, 64), (37, 200, 51), (2050, 256, 30), (30, 385, 1030), (2049, 64, 1025), (96, 2000, 128)]
 SPECIAL = [0.0, -0.0, 1e-40, -1e-30, torch.inf, -torch.inf, torch.nan, 3e38]
+LAYOUTS = (((300, 400), (400, 1), 0), ((400, 500), (1, 400), 8))
 
 only_here = unittest.skipUnless(MAY_BE_FASTER, "MKL uses all of this processor, or oneDNN cannot be called")
 any_time = mock.patch.object(products, "_FASTER", float("inf"))  # bits decide alone
@@ -107,18 +110,12 @@ class ChoiceTest(unittest.TestCase):
             self.assertFalse(products._is_faster.__wrapped__(aten.mm.default, LAYOUTS, torch.get_num_threads()))
 
 
-LAYOUTS = (((300, 400), (400, 1), 0), ((400, 500), (1, 400), 8))
-
-
 class MachineTest(unittest.TestCase):
     def test_processors_that_mkl_uses_whole_are_left_to_it(self) -> None:
-        capability = "torch.backends.cpu.get_cpu_capability"
-        for name, value in (("platform.machine", "aarch64"), (capability, "AVX2"), (INTEL, True)):
+        capability, maker = "torch.backends.cpu.get_cpu_capability", "olla.run.products._is_of_intel"
+        for name, value in (("platform.machine", "aarch64"), (capability, "AVX2"), (maker, True)):
             with self.subTest(name), mock.patch(name, return_value=value):
                 self.assertFalse(products._may_be_faster.__wrapped__())
-
-
-INTEL = "olla.run.products._is_of_intel"
 
 
 @only_here
@@ -126,66 +123,47 @@ INTEL = "olla.run.products._is_of_intel"
 class StepTest(EagerTestCase):
     def setUp(self) -> None:
         torch.manual_seed(0)
-        wide = 512
-        layers = (nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, 8))
-        self.side = side(nn.Sequential(*layers), sgd)
-        self.inputs, self.targets = torch.randn(2048, wide), torch.randint(0, 8, (2048,))
+        self.model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
 
-    def test_steps_have_eager_bits_and_the_planned_peak(self) -> None:
-        losses, measurement, targets = self.trained(None)
-        self.assertTrue({ops.olla.mm.default, ops.olla.addmm.default} <= targets, targets)
-        self.assertEqual(losses, self.eager_losses(len(losses)))
-        self.assertEqual(measurement.planned_bytes, measurement.peak_bytes)
+    def inputs(self) -> Tensor:
+        return torch.randn(2048, 512)
+
+    def targets(self) -> Tensor:
+        return torch.randint(0, 8, (2048,))
+
+    def train(self, **options: Any) -> set[object]:
+        """What planned steps call, which are held against eager ones and then measured."""
+        training = {"loss_fn": F.cross_entropy, "targets": self.targets, **options}
+        step = self.assert_training_same(self.model, self.inputs, **training)
+        self.assertTrue(step.measure(self.inputs(), targets=self.targets()).exact)
+        return {node.target for node in step._current.draft.lowered.nodes}
+
+    def test_steps_call_them(self) -> None:
+        self.assertLessEqual({ops.olla.mm.default, ops.olla.addmm.default}, self.train())
 
     def test_the_smallest_budget_is_kept_by_mkl(self) -> None:
+        training = {"loss_fn": F.cross_entropy, "targets": self.targets(), "optimizer": sgd(self.model.parameters())}
         with self.assertRaises(olla.InfeasibleError) as raised:
-            self.trained("1KiB")
+            olla.plan(self.model, self.inputs(), **training, memory_budget=1, place=False)
         with self.assertLogs("olla", "WARNING") as logged:
-            losses, measurement, targets = self.trained(raised.exception.best_bytes)
-        self.assertIn("MKL's again", logged.output[-1])
-        self.assertIn(aten.mm.default, targets)
+            targets = self.train(memory_budget=raised.exception.best_bytes)
+        self.assertIn("MKL's again", " ".join(logged.output))
+        self.assertLessEqual({aten.mm.default, aten.addmm.default}, targets)
         self.assertNotIn(ops.olla.mm.default, targets)
-        self.assertEqual(losses, self.eager_losses(len(losses)))
-        self.assertEqual(measurement.planned_bytes, measurement.peak_bytes)
-        self.assertLessEqual(measurement.peak_bytes + self.persistent, raised.exception.best_bytes)
 
-    def test_compiled_models_use_them(self) -> None:
-        eager, compiled = self.side.copy(), self.side.copy()
+    def test_compiled_models_call_them(self) -> None:
+        eager, compiled = side(self.model, sgd), side(copy.deepcopy(self.model), sgd)
         model = torch.compile(compiled.model, backend="olla")
         with torch.profiler.profile() as profile:
             for _ in range(4):
+                inputs, targets = self.inputs(), self.targets()
                 for module, optimizer in ((eager.model, eager.optimizer), (model, compiled.optimizer)):
                     assert optimizer is not None
-                    F.cross_entropy(module(self.inputs), self.targets).backward()
+                    F.cross_entropy(module(inputs), targets).backward()
                     optimizer.step()
                     optimizer.zero_grad()
         self.assertIn("olla::mm", {event.key for event in profile.key_averages()})
-        for ours, theirs in zip(compiled.model.parameters(), eager.model.parameters(), strict=True):
-            self.assertTrue(torch.equal(bits(ours), bits(theirs)))
-
-    def trained(self, budget: str | int | None) -> tuple[list[float], olla.Measurement, set[object]]:
-        """The losses of planned steps, what they need, and what they call."""
-        mine = self.side.copy()
-        options = {"loss_fn": F.cross_entropy, "targets": self.targets, "optimizer": mine.optimizer}
-        step = olla.optimize(mine.model, (self.inputs,), memory_budget=budget, progress=False, **options)
-        with step:
-            losses = [float(step(self.inputs, targets=self.targets)) for _ in range(6)]
-            execution = step._current
-            assert execution is not None
-            self.persistent = execution.draft.lowered.graph.persistent_bytes
-            targets = {node.target for node in execution.draft.lowered.nodes}
-            return losses, step.measure(self.inputs, targets=self.targets), targets
-
-    def eager_losses(self, steps: int) -> list[float]:
-        mine, losses = self.side.copy(), []
-        assert mine.optimizer is not None
-        for _ in range(steps):
-            loss = F.cross_entropy(mine.model(self.inputs), self.targets)
-            loss.backward()
-            mine.optimizer.step()
-            mine.optimizer.zero_grad()
-            losses.append(float(loss))
-        return losses
+        self.assert_sides_same(compiled, eager)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ void multiply(const Tensor& one, const Tensor& other, const Tensor& out, bool ad
   }
 }
 
-// A part of a matrix is copied, unless it lies in memory without gaps.
+// A part of a matrix is copied, unless it lies in memory without gaps. So parts that are copied are small.
 void multiply_in_pieces(const Tensor& one, const Tensor& other, const Tensor& out, bool add) {
   const int64_t rows = one.size(0), columns = other.size(1);
-  const int64_t high = one.stride(0) == 1 ? rows : part(rows, kRows);
-  const int64_t wide = other.stride(1) == 1 ? columns : part(columns, kColumns);
+  const int64_t high = one.t().is_contiguous() ? rows : part(rows, kRows);
+  const int64_t wide = other.is_contiguous() ? columns : part(columns, kColumns);
   for (int64_t j = 0; j < columns; j += wide)
     for (int64_t i = 0; i < rows; i += high) {
       const int64_t height = std::min(high, rows - i), width = std::min(wide, columns - j);
