@@ -17,9 +17,10 @@ Every row plans one step of a model on the meta device, order and addresses, and
 PyTorch Inductor chooses among (least peak memory first, breadth first, depth first). "Reserved" is what the CUDA
 caching allocator would take from the driver for two such steps, by the model of it in
 olla/measure/caching_allocator.py: in eager PyTorch's order, in the planned one, and for the arena with the results,
-which are outside of it. Where the step fits into memory, the planned and the eager step are then run side by side and
-the allocator is asked for both peaks; above batch 1 only with --batch-size or --execute. The planned step runs in an
-arena, at planned addresses. Weights are random: no download. A picture of the peaks is drawn beside the log.
+which are outside of it. Where the step fits into memory, the planned and the eager step are then run side by side, in a
+process of their own, and the allocator is asked for both peaks; above batch 1 only with --batch-size or --execute. The
+planned step runs in an arena, at planned addresses. Weights are random: no download. A picture of the peaks is drawn
+beside the log.
 Ctrl-C keeps the rows that are done; with --append-log, a row that the log holds is shown, and not run again, unless
 it failed or was run on another machine.
 With --gpu-profile, both steps run op by op; on a GPU, "reserved" is measured, without one, what was recorded is
@@ -74,6 +75,7 @@ from bench.malloc import tune_malloc
 from bench.models import MODELS, QUICK
 from bench.peers import contenders
 from bench.picture import draw_contests, draw_peaks, draw_soak
+from bench.process import apart
 from bench.profile import profile
 from bench.row import Row
 from bench.simulation import simulate
@@ -93,14 +95,35 @@ _DECIDING += ("tuned_malloc",)
 
 
 def run_case(row: Row, options: argparse.Namespace) -> None:
-    """Plan one case and, where it fits, run and measure it. Errors become part of the row."""
+    """Plan one case and, where it fits, run and measure it, in another process. Errors become part of the row."""
     is_planned_only = "--simulate" in row.options.split()
-    case = profile if options.gpu_profile else solve_form if row.form else simulate if is_planned_only else compare
     try:
-        case(row, options)
+        if is_planned_only or row.form:
+            (solve_form if row.form else simulate)(row, options)
+        else:
+            vars(row).update(vars(apart(_measured, row, options)))
     except Exception as error:  # one failing model must not end the run
-        row.error = f"{type(error).__name__}: {error}".replace("\n", " ")
+        row.error = _told(error)
     gc.collect()
+
+
+def _measured(row: Row, options: argparse.Namespace) -> Row:
+    if options.tuned_malloc:
+        tune_malloc()
+    _ignore_warnings()
+    try:
+        (profile if options.gpu_profile else compare)(row, options)
+    except Exception as error:
+        row.error = _told(error)
+    return row
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _ignore_warnings() -> None:
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -388,9 +411,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(MODELS))
         return 0
-    if options.tuned_malloc or options.contest:
+    if options.contest:
         tune_malloc()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    _ignore_warnings()
     try:
         if options.write:
             evidence = Evidence(

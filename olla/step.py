@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +297,9 @@ class Step:
         for position in reversed(range(len(self._planned))):
             planned = self._planned[position]
             if planned.signature == signature and planned.execution.runner.fits_gradients():
-                self._planned.append(self._planned.pop(position))
-                return planned
+                used = replace(planned, signature=signature)  # the next call is likest to this one
+                self._planned[position:] = [*self._planned[position + 1 :], used]  # whole, if it is interrupted
+                return used
         return None
 
     def _forget_oldest(self) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._C._autograd import DeviceType
 from torch._C._distributed_c10d import ProcessGroup as ProcessGroup
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._C._dynamo.guards import TensorGuards
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
@@ -69,6 +70,7 @@ __all__ = [
     "gradient_inputs",
     "graph_being_traced",
     "graph_task",
+    "guards_of",
     "has_gradient_hooks",
     "has_step_hooks",
     "hooks_of",
@@ -193,6 +195,14 @@ def running_autograd_node() -> int | None:
 def storage_key(tensor: Tensor) -> int:
     """Equal for two tensors if and only if they view one storage, as long as both are kept alive."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def guards_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Tells whether as many tensors have the types, dtypes, devices, shapes, strides and requires_grad of these."""
+    sizes: list[Any] = [[*tensor.shape] for tensor in tensors]
+    strides: list[Any] = [[*tensor.stride()] for tensor in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return cast("Callable[..., bool]", guards.check)
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:

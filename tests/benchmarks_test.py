@@ -3,12 +3,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pandas
@@ -19,6 +25,7 @@ import benchmarks
 from bench.ilp import FORMS
 from bench.log import read_log
 from bench.models import MODELS, QUICK, Workload
+from bench.process import apart
 from bench.row import Row
 from olla.solve import available
 
@@ -30,6 +37,11 @@ def tiny(batch: int) -> Workload:
 def deep(batch: int) -> Workload:
     layers = [layer for _ in range(2) for layer in (nn.Linear(8, 8), nn.Tanh())]
     return Workload(nn.Sequential(*layers), (torch.randn(batch, 8),))
+
+
+def here(function: Callable[..., Any], *args: Any) -> Any:
+    """In place of a process, which would know nothing of these models."""
+    return function(*args)
 
 
 def failing(batch: int) -> Workload:
@@ -47,7 +59,8 @@ class BenchmarksTest(unittest.TestCase):
         output = io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
             path = Path(folder) / "log.csv"
-            with mock.patch.dict(MODELS, {"tiny": tiny, "deep": deep, "failing": failing}):
+            models = mock.patch.dict(MODELS, {"tiny": tiny, "deep": deep, "failing": failing})
+            with models, mock.patch.object(benchmarks, "apart", here):
                 status = benchmarks.main([*arguments, "--log-path", str(path)])
             return status, pandas.read_csv(path), output.getvalue()
 
@@ -117,7 +130,11 @@ class BenchmarksTest(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         path = Path(folder.name) / "log.csv"
         arguments = ["-m", "tiny", "-b", "8", "--mode", "train", "--gpu-profile", "--profile-alloc-time"]
-        with mock.patch.dict(MODELS, tiny=tiny), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            mock.patch.dict(MODELS, tiny=tiny),
+            mock.patch.object(benchmarks, "apart", here),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             for _ in range(2):  # the second run replaces the files of the first
                 self.assertEqual(benchmarks.main([*arguments, "--log-path", str(path)]), 0)
         log, ops = pandas.read_csv(path), pandas.read_csv(path.with_suffix(".ops.csv"))
@@ -179,6 +196,30 @@ class BenchmarksTest(unittest.TestCase):
         self.assertLessEqual(set(QUICK), set(MODELS))
 
 
+class ProcessTest(unittest.TestCase):
+    def test_what_is_measured_is_measured_in_another_process(self) -> None:
+        self.assertNotEqual(apart(os.getpid), os.getpid())
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            path = Path(folder) / "log.csv"
+            arguments = ["-m", "squeezenet1_0", "-b", "1", "--mode", "eval", "--skip-simulation", "--tuned-malloc"]
+            with mock.patch.object(benchmarks, "tune_malloc", side_effect=AssertionError("not here")):
+                self.assertEqual(benchmarks.main([*arguments, "--log-path", str(path)]), 0)
+            [row] = read_log(path, Row)
+        self.assertTrue(row.exact)
+
+    def test_a_process_that_ends_is_an_error(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "exit code 3"):
+            apart(os._exit, 3)
+
+    def test_an_interrupt_ends_it(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with self.assertRaises(KeyboardInterrupt):
+            apart(time.sleep, 600)
+        self.assertEqual(multiprocessing.active_children(), [])
+        self.assertEqual(signal.pthread_sigmask(signal.SIG_BLOCK, set()), before)
+
+
 class LogTest(unittest.TestCase):
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
@@ -193,6 +234,7 @@ class LogTest(unittest.TestCase):
         output = io.StringIO()
         with (
             mock.patch.dict(MODELS, {"tiny": tiny, "resnet18": tiny, **models}),
+            mock.patch.object(benchmarks, "apart", here),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):

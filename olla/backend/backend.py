@@ -22,6 +22,7 @@ from olla.capture.costs import estimated_seconds
 from olla.capture.lower import lower_module
 from olla.capture.reuse import reuse
 from olla.capture.rewrite.batch_norm import allocate_gradients_of_batch_norms_once
+from olla.capture.rewrite.max_pool import keep_bytes_for_max_pools
 from olla.errors import InvalidOptionError
 from olla.fit.budget import bytes_of
 from olla.graph.check import verify
@@ -108,6 +109,7 @@ class _Planner:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Forward and backward of a joint graph, in planned order."""
         require_fixed_sizes(module)
+        keep_bytes_for_max_pools(module.graph)
         parts = min_cut(module, inputs, num_fwd_outputs)
         if self._optimizer is not None:
             insert_updates(module, num_fwd_outputs, self._optimizer, self._live)
@@ -138,6 +140,7 @@ class _Planner:
     def infer(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """What runs a graph without a backward."""
         require_fixed_sizes(module)
+        keep_bytes_for_max_pools(module.graph)
         lowered = lower_module(module)
         lowered = lower_module(module, reuse(lowered))
         found = schedule(lowered.graph, time_limit=self._options.time_limit)

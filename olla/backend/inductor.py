@@ -119,7 +119,7 @@ class _Planner:
         except InfeasibleError as error:  # fused, it may fit all the same
             found = fitted(graph, start, seconds, error.best_bytes, time_limit=limit)
         verify(graph, Plan.of(graph, found))
-        return split(emit(module, joint.lowered, found.order), forward_outputs)
+        return split(emit(module, joint.lowered, found.order, methods=False), forward_outputs)
 
     def reorder(self, kernels: Sequence[Kernel], theirs: Sequence[int], outputs: Set[str]) -> Sequence[int]:
         """Inductor's order of the kernels of one part, or one that needs fewer bytes."""

@@ -8,6 +8,7 @@ test looks for more.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -129,9 +130,11 @@ class _Builder:
         reads -= {s for s in self.existing(_replaced(node)) if self.storages[s].persistent}
         if node in self.reused:  # its first result was traced on a storage of its own
             self.ids[storage_key(_tensors(node)[0])] = self.ids[storage_key(self.reused[node].meta["val"])]
-        wider = node.meta.get("eager")
+        held = node.meta.get("eager", ())
         creates = [
-            self._add_storage(t, node.name, eager=wider) for t in _tensors(node) if storage_key(t) not in self.ids
+            self._add_storage(tensor, node.name, eager=eager)
+            for tensor, eager in itertools.zip_longest(_tensors(node), held)
+            if storage_key(tensor) not in self.ids
         ]
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
         self._append(node, _name(node), creates, reads, writes, workspace_bytes(node), once)
@@ -185,13 +188,13 @@ class _Builder:
         )
         self.nodes.append(node)
 
-    def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False, eager: Tensor | None = None) -> int:
-        """The id of the storage of ``tensor``, new or not; ``eager`` is what eager PyTorch makes in its place."""
+    def _add_storage(self, tensor: Tensor, name: str, *, persistent: bool = False, eager: int | None = None) -> int:
+        """The id of the storage of ``tensor``, new or not; ``eager``: bytes that eager PyTorch holds in its place."""
         key = storage_key(tensor)
         if key not in self.ids:
             self.ids[key] = len(self.storages)
             size = int(tensor.untyped_storage().nbytes())  # symbolic where torch.compile gives views
-            spared = 0 if eager is None else eager.untyped_storage().nbytes() - size
+            spared = 0 if eager is None else eager - size
             self.storages.append(Storage(name, size, persistent, spared))
         return self.ids[key]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from olla.capture.program import Program
 from olla.capture.updates import is_watched
 from olla.errors import CaptureError
-from olla.torch_private import TreeSpec, flatten
+from olla.torch_private import TreeSpec, flatten, guards_of
 
 __all__ = ["PLAIN", "Signature"]
 
@@ -26,7 +27,7 @@ class Signature:
 
     structure: TreeSpec
     leaves: tuple[Any, ...]
-    state: tuple[Any, ...]
+    state: State
     modules: Settings
     autocast: tuple[Any, ...]
     watched: tuple[bool, ...]  # which optimizers have hooks
@@ -65,14 +66,31 @@ class Signature:
             If an argument holds something that is neither a tensor nor a plain hashable value.
         """
         leaves, structure = flatten((args, kwargs))
+        tensors = [*program.state.values()]
         return cls(
             structure=structure,
             leaves=tuple(_describe_leaf(leaf) for leaf in leaves),
-            state=tuple(_describe_tensor(tensor) for tensor in program.state.values()),
+            state=like.state if like and like.state.still_describes(tensors) else State(tensors),
             modules=like.modules if like and like.modules.still_hold(program) else Settings(program),
             autocast=_autocast(),
             watched=tuple(is_watched(optimizer) for optimizer in program.optimizers),
         )
+
+
+class State:
+    """Shapes, strides, dtypes, devices and requires_grad of parameters and buffers."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._described = tuple(map(_describe_tensor, tensors))
+        # Asked in every step, so compared in C++. It may say no where nothing is different, as in another mode.
+        self._are_alike = guards_of(tensors)
+
+    def still_describes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are the same for these, as far as can be seen at a glance."""
+        return self._are_alike(*tensors)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, State) and self._described == other._described)
 
 
 class Settings:

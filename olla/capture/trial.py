@@ -234,6 +234,9 @@ class _PeakOfNewTensors(TorchDispatchMode):
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    first, *others = optimizer.param_groups
+    if not others:  # what is asked for each update is not looked for
+        return first
     return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT
@@ -9,6 +10,7 @@ from olla.capture.rewrite.calls import value_of
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT, bytes_of_rows
 from olla.capture.rewrite.disjoint_sum import disjoint_sum
 from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT, bytes_of_piece
+from olla.capture.rewrite.max_pool import MAX_POOL
 from olla.capture.rewrite.weight_gradient import weight_gradient
 
 __all__ = ["spared_bytes", "workspace_bytes"]
@@ -44,6 +46,8 @@ def spared_bytes(node: fx.Node) -> int:
         return value_of(node.args[1]).nbytes - workspace_bytes(node)
     if node.target in _BATCH_NORM:  # the gradient of the input, in a layout that is not used
         return value_of(node.args[1]).nbytes
+    if node.target is MAX_POOL:  # indices, which are not used
+        return value_of(node).numel() * torch.int64.itemsize
     if node.target is disjoint_sum:  # two terms and their sum, when the first two parts have been used up
         return 2 * value_of(node).nbytes - sum(value_of(part).nbytes for part in node.all_input_nodes[:2])
     return 0

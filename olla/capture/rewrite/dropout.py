@@ -31,7 +31,7 @@ def draw_bytes_for_dropout(graph: fx.Graph) -> None:
         if numbers is None or not _is_dropout(made, drawn, numbers):
             continue
         made.kwargs = {**made.kwargs, "dtype": torch.uint8}
-        made.meta["eager"] = value_of(made)
+        made.meta["eager"] = (value_of(made).nbytes,)
         made.meta["val"] = drawn.meta["val"] = torch.empty_like(value_of(made), dtype=torch.uint8)
         for user in [*numbers.users]:
             (input_,) = (node for node in user.all_input_nodes if node is not numbers)
