@@ -17,7 +17,7 @@ from olla.capture.costs import estimated_seconds
 from olla.capture.lower import Lowered, lower
 from olla.capture.program import Program
 from olla.capture.reuse import reuse
-from olla.capture.rewrite.weight_gradient import compute_whole, is_sliced
+from olla.capture.rewrite.weight_gradient import bytes_of_slices, compute_in_slices, fewer_slices
 from olla.capture.trace import Trace, trace
 from olla.errors import CaptureError, InfeasibleError, InvalidPlanError
 from olla.fit.budget import Budget, bytes_of
@@ -143,7 +143,7 @@ def ordered(drafted: Draft, options: Options, ranks: Ranks = ALONE) -> Draft:
     found = ranks.from_first(
         lambda: _planned(graph, seconds, options, "order", lambda: Plan.of(graph, _ordered(graph, seconds, options)))
     )
-    lowered = _with_whole_gradients(lowered, found)
+    lowered = _with_large_slices(lowered, found)
     plan = Plan.of(lowered.graph, found.schedule)
     verify(lowered.graph, plan)
     return replace(drafted, lowered=lowered, plan=plan, seconds=seconds)
@@ -174,18 +174,19 @@ def _described(program: Program, traced: Trace, graph: Graph) -> list[str]:
     return [*lines, f"a graph with digest {graph.digest}"]
 
 
-def _with_whole_gradients(lowered: Lowered, found: Plan) -> Lowered:
-    """Gradients of weights are computed in slices, which takes time, only where the peak would be."""
+def _with_large_slices(lowered: Lowered, found: Plan) -> Lowered:
+    """Gradients of weights are computed in no more slices than there is room for, since each takes time."""
     graph = lowered.graph
     memory, ops = memory_profile(graph, found.order, found.spills), list(graph.ops)
     for index, live in zip(found.order, memory, strict=True):
         node = lowered.nodes[index]
-        if is_sliced(node):
-            room = max(memory) - live + ops[index].workspace
-            whole = sum(graph.storages[storage].size for storage in ops[index].creates)
-            if whole <= room:
-                compute_whole(node)
-                ops[index] = replace(ops[index], workspace=whole)
+        room = max(memory) - live + ops[index].workspace
+        for slices in fewer_slices(node):
+            workspace = bytes_of_slices(node, slices)
+            if workspace <= room:
+                compute_in_slices(node, slices)
+                ops[index] = replace(ops[index], workspace=workspace)
+                break
     return replace(lowered, graph=replace(graph, ops=tuple(ops)))
 
 

@@ -11,7 +11,7 @@ from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENT
 from olla.capture.rewrite.disjoint_sum import disjoint_sum
 from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT, bytes_of_piece
 from olla.capture.rewrite.max_pool import MAX_POOL
-from olla.capture.rewrite.weight_gradient import weight_gradient
+from olla.capture.rewrite.weight_gradient import bytes_of_slices, weight_gradient
 
 __all__ = ["spared_bytes", "workspace_bytes"]
 
@@ -31,8 +31,7 @@ def workspace_bytes(node: fx.Node) -> int:
     if node.target is weight_gradient:
         slices = node.args[6]
         assert isinstance(slices, int)
-        # The slice, and its blocked copy; the whole is the result itself.
-        return (2 if slices > 1 else 1) * _on_cpu(node.args[2]) // slices
+        return bytes_of_slices(node, slices)
     if node.target in _CROSS_ENTROPY:
         return bytes_of_rows(value_of(node.args[1]))
     if node.target in (DROPOUT, DROPOUT_OUT):

@@ -16,7 +16,14 @@ from torch import Tensor, fx
 
 from olla.capture.rewrite.calls import value_of
 
-__all__ = ["compute_whole", "is_sliced", "slice_weight_gradients", "slices_that_keep_the_bits", "weight_gradient"]
+__all__ = [
+    "bytes_of_slices",
+    "compute_in_slices",
+    "fewer_slices",
+    "slice_weight_gradients",
+    "slices_that_keep_the_bits",
+    "weight_gradient",
+]
 
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _WORTH_IT = 4  # the weight must be so many times larger than the activations that each slice reads again
@@ -60,14 +67,23 @@ def weight_gradient(
     return whole
 
 
-def compute_whole(node: fx.Node) -> None:
-    """Let a ``weight_gradient`` node compute the whole at once, which is faster, and needs a second copy."""
-    node.update_arg(6, 1)
+def fewer_slices(node: fx.Node) -> list[int]:
+    """In how many slices ``node`` may compute a weight's gradient, fewest first; none, if that is no such call."""
+    if node.target is not weight_gradient:
+        return []
+    slices = node.args[6]
+    assert isinstance(slices, int)
+    return [number for number in range(1, slices) if slices % number == 0]
 
 
-def is_sliced(node: fx.Node) -> bool:
-    """Whether ``node`` computes a weight's gradient in parts."""
-    return node.target is weight_gradient and bool(node.args[6] != 1)
+def bytes_of_slices(node: fx.Node, slices: int) -> int:
+    """The workspace: a slice, and its blocked copy; the whole is the result itself, and copied once."""
+    return (2 if slices > 1 else 1) * value_of(node.args[2]).nbytes // slices
+
+
+def compute_in_slices(node: fx.Node, slices: int) -> None:
+    """Let a ``weight_gradient`` node compute so; the fewer, the faster, and the larger the copies."""
+    node.update_arg(6, slices)
 
 
 def slices_that_keep_the_bits(node: fx.Node) -> int:
