@@ -17,7 +17,7 @@ import torch
 
 from olla.errors import OllaError
 
-__all__ = ["Library", "NativeUnavailableError", "load_operators"]
+__all__ = ["Library", "NativeUnavailableError", "load_operators", "vectors"]
 
 _TORCH = Path(torch.__file__).parent
 _FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
@@ -100,6 +100,14 @@ class Library:
             output.chmod(0o700)
             os.replace(output, target)
         return target
+
+
+def vectors() -> tuple[str, ...]:
+    """Flags for vectors of 256 bits, if the processor has them; sums of products are rounded as they are without."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return ()
+    named = ("-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2")  # for PyTorch's headers
+    return ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", *named)
 
 
 def load_operators(library: Library, otherwise: str) -> bool:

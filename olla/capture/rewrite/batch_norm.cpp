@@ -1,6 +1,7 @@
 // Batch norms on the CPU in parts, of the same bits as PyTorch's operators: statistics, normalization, gradients.
 
 #include <ATen/TensorIterator.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/batch_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -9,6 +10,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -19,6 +21,8 @@ using Optional = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr int kTogether = 8;  // channels
+typedef float Floats __attribute__((vector_size(kTogether / 2 * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(kTogether / 2 * sizeof(double))));
 
 Tensor defined(const Optional& tensor) { return tensor.value_or(Tensor()); }
 
@@ -26,26 +30,69 @@ bool alike(const Tensor& one, const Tensor& other) {
   return one.sizes() == other.sizes() && one.strides() == other.strides() && one.dtype() == other.dtype();
 }
 
-// PyTorch adds up one channel after the other, and each addition waits for the one before. Here those of several
-// channels take turns, each channel's in the same order.
-template <int channels>
-void moments(const float* input, int64_t batch, int64_t stride, int64_t image, float* means, float* deviations) {
-  double sums[channels] = {};
-  for (int64_t n = 0; n < batch; ++n)
-    for (int64_t i = 0; i < image; ++i)
-      for (int c = 0; c < channels; ++c) sums[c] += input[n * stride + c * image + i];
-  float mean[channels];
-  for (int c = 0; c < channels; ++c) {
-    means[c] = mean[c] = sums[c] / (batch * image);
-    sums[c] = 0;
+// Sums of kTogether channels: of numbers, or of the squares of their deviations from means.
+struct Sums {
+  Floats means[2] = {};
+  Doubles sums[2] = {};
+
+  void add(const float* numbers) {
+    for (int half = 0; half < 2; ++half) {
+      Floats number;
+      std::memcpy(&number, numbers + half * kTogether / 2, sizeof(number));
+      sums[half] += __builtin_convertvector(number, Doubles);
+    }
   }
+
+  void add_squares(const float* numbers) {
+    for (int half = 0; half < 2; ++half) {
+      Floats number;
+      std::memcpy(&number, numbers + half * kTogether / 2, sizeof(number));
+      const Floats deviation = number - means[half];
+      sums[half] += __builtin_convertvector(deviation * deviation, Doubles);
+    }
+  }
+};
+
+// Calls ``add`` with the numbers of kTogether channels at one place after the other.
+template <typename Add>
+void for_places(const float* input, int64_t batch, int64_t stride, int64_t image, const Add& add) {
+  float tile[kTogether * kTogether];
+  for (int64_t n = 0; n < batch; ++n, input += stride) {
+    int64_t i = 0;
+    for (; i + kTogether <= image; i += kTogether) {
+      at::vec::transpose_mxn<float, kTogether, kTogether>(input + i, image, tile, kTogether);
+      for (int place = 0; place < kTogether; ++place) add(tile + place * kTogether);
+    }
+    for (; i < image; ++i) {
+      for (int c = 0; c < kTogether; ++c) tile[c] = input[c * image + i];
+      add(tile);
+    }
+  }
+}
+
+// PyTorch adds up one channel after the other, and each addition waits for the one before. Here those of several
+// channels are done at once, each channel's in the same order.
+void moments(const float* input, int64_t batch, int64_t stride, int64_t image, float* means, float* deviations) {
+  Sums sums;
+  for_places(input, batch, stride, image, [&](const float* numbers) { sums.add(numbers); });
+  for (int c = 0; c < kTogether; ++c)
+    means[c] = sums.means[c / 4][c % 4] = sums.sums[c / 4][c % 4] / (batch * image);
+  sums.sums[0] = sums.sums[1] = Doubles{};
+  for_places(input, batch, stride, image, [&](const float* numbers) { sums.add_squares(numbers); });
+  for (int c = 0; c < kTogether; ++c) deviations[c] = sums.sums[c / 4][c % 4];
+}
+
+void moments_of_one(const float* input, int64_t batch, int64_t stride, int64_t image, float* mean, float* deviations) {
+  double sum = 0, squares = 0;
   for (int64_t n = 0; n < batch; ++n)
-    for (int64_t i = 0; i < image; ++i)
-      for (int c = 0; c < channels; ++c) {
-        float deviation = input[n * stride + c * image + i] - mean[c];
-        sums[c] += deviation * deviation;
-      }
-  for (int c = 0; c < channels; ++c) deviations[c] = sums[c];
+    for (int64_t i = 0; i < image; ++i) sum += input[n * stride + i];
+  *mean = sum / (batch * image);
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t i = 0; i < image; ++i) {
+      const float deviation = input[n * stride + i] - *mean;
+      squares += deviation * deviation;
+    }
+  *deviations = squares;
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(
@@ -65,7 +112,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(
   auto range = [&](int64_t first, int64_t end) {
     for (int64_t c = first; by_channel && c < end;) {
       const bool several = c + kTogether <= end;
-      (several ? moments<kTogether> : moments<1>)(
+      (several ? moments : moments_of_one)(
           values + c * image, batch, channels * image, image, means + c, invstds + c);
       c += several ? kTogether : 1;
     }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.rewrite.calls import value_of
-from olla.compiling import Library, load_operators
+from olla.compiling import Library, load_operators, vectors
 
 __all__ = [
     "BATCH_NORM_BACKWARD",
@@ -135,7 +135,7 @@ def _has_kernels() -> bool:
     """Whether the operators can be called, which are compiled at first use."""
     if platform.machine() not in _FLAGS:
         return False
-    flags = _FLAGS[platform.machine()]
+    flags = (*_FLAGS[platform.machine()], *vectors())
     library = Library(Path(__file__).with_suffix(".cpp"), flags=flags, links=("c10", "torch_cpu"))
     return load_operators(library, "batch norms take the memory and the time that they take in eager PyTorch")
 

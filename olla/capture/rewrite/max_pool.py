@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, ops
 
 from olla.capture.rewrite.calls import value_of
-from olla.compiling import Library, load_operators
+from olla.compiling import Library, load_operators, vectors
 from olla.torch_private import storage_key
 
 __all__ = ["MAX_POOL", "keep_bytes_for_max_pools"]
@@ -28,7 +28,6 @@ aten = ops.aten
 
 _DEFAULTS: tuple[Any, ...] = (None, None, [], 0, 1)  # of PyTorch's operator, whose trace ends with what is not one
 _PLACES = 256  # that a byte tells apart
-_WIDE = ("AVX2", "AVX512")  # processors, as PyTorch names them, for which vectors of 256 bits are worth it
 
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding, int[2] size"  # the last is that of the images in the result
 _LIBRARY = torch.library.Library("olla", "FRAGMENT")
@@ -133,8 +132,7 @@ def _is_held(node: fx.Node, backward: Sequence[fx.Node]) -> bool:
 @cache
 def _has_kernels() -> bool:
     """Whether the operators can be called, which are compiled at first use."""
-    flags = ("-O3", "-mavx2") if torch.backends.cpu.get_cpu_capability() in _WIDE else ("-O3",)
-    library = Library(Path(__file__).with_suffix(".cpp"), flags=flags, links=("c10", "torch_cpu"))
+    library = Library(Path(__file__).with_suffix(".cpp"), flags=("-O3", *vectors()), links=("c10", "torch_cpu"))
     return load_operators(library, "max pools take the memory and the time that they take in eager PyTorch")
 
 
