@@ -101,7 +101,7 @@ SUBJECTS = {
         8,
         classifier("resnet50", shape=(3, 128, 128)),
         lambda model: [*model.layer1, *model.layer2, *model.layer3, *model.layer4],
-        (160, 98, 65),
+        (210, 160, 98, 65),
     ),
     "vit_6x384": Subject(8, _vit, lambda model: model.encoder.layers, (138, 86, 62, 50)),
 }

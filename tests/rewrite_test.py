@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import unittest
+from unittest import mock
 
 import torch
 from eager import EagerTestCase
@@ -42,6 +44,18 @@ class WeightGradientTest(EagerTestCase):
 
         step = self.assert_training_same(self.layer(), inputs, steps=3)
         self.assertEqual(step.code.count("weight_gradient("), 2)
+
+    def test_slices_are_as_large_as_there_is_room_for(self) -> None:
+        for outputs, slices in ((256, [1, 8]), (384, [1, 4]), (512, [1, 1])):  # the peak is at the last layer's update
+            layers = (nn.Conv2d(256, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 512, 3, padding=1))
+            model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 5 * 5, outputs))
+            with mock.patch.object(slicing, "_keeps_bits", return_value=True):
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+                step = olla.optimize(model, torch.randn(1, 256, 5, 5), optimizer=optimizer)
+                for _ in range(4):  # until it is known what convolutions allocate
+                    step(torch.randn(1, 256, 5, 5))
+            found = re.findall(r"weight_gradient\(.*?(\d)\)", step.code)
+            self.assertEqual([int(number) for number in found], slices, outputs)
 
     def test_it_is_not_used_where_the_bits_differ(self) -> None:
         keeps_bits = slicing._keeps_bits

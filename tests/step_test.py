@@ -557,6 +557,19 @@ class CodeTest(EagerTestCase):
             self.assertTrue(name in returned or any(name in part for part in dropped), name)
         self.assertIn("self.update_0_weight(", step.code)
 
+    def test_views_are_methods_of_tensors(self) -> None:
+        class Views(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                x = x.view(4, 2, 8).transpose(0, 1).unsqueeze(0).permute(0, 2, 1, 3).squeeze(0)
+                return x.select(0, 1).expand(3, 2, 8).sin()
+
+        x = torch.randn(8, 8)
+        with olla.optimize(Views().eval(), x) as step:
+            self.assert_same(step(x), Views()(x), "views")
+        for name in ("view", "transpose", "unsqueeze", "permute", "squeeze", "select", "expand"):
+            self.assertIn(f".{name}(", step.code)
+            self.assertNotIn(f"aten.{name}.", step.code)
+
     def test_planning_prints_no_warnings(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
