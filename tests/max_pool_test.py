@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from compile_test import CompiledTestCase
 from eager import EagerTestCase, bits, sgd
 from torch import Tensor, nn, ops
 
 import olla
+from olla.backend.backend import olla as olla_backend
 from olla.capture.rewrite import max_pool
 from olla.capture.rewrite.max_pool import MAX_POOL, MAX_POOL_BACKWARD, MAX_POOL_WITH_PLACES
 
@@ -161,6 +163,31 @@ class StepTest(EagerTestCase):
         with mock.patch.dict(os.environ, {"CXX": "/nowhere/compiler", "XDG_CACHE_HOME": "/nowhere"}):
             names = self.names(Pools(), self.images())
         self.assertEqual(names.count("aten.max_pool2d_with_indices.default"), 3)
+
+
+@unittest.skipUnless(HAS_KERNELS, "the kernels cannot be called here")
+class CompiledTest(CompiledTestCase):
+    def test_graphs_of_torch_compile_keep_bytes_too(self) -> None:
+        images = torch.randn(4, 3, 40, 40)
+        self.assert_training_same(Pools(), lambda net: net(images).square().mean())
+        self.assert_inference_same(Pools(), lambda net: net(images))
+        peaks = [
+            self.peak_of(self.step_of(Pools(), lambda net: net(images).square().mean(), backend=backend)[1])
+            for backend in ("aot_eager", olla_backend)
+        ]
+        of_indices, of_places = 3 * 2 * images.nbytes, 3 * images.nbytes // 4
+        self.assertLessEqual(peaks[1], peaks[0] - of_indices + of_places)
+
+    def test_images_of_each_size(self) -> None:
+        model = Pools()
+        compiled = torch.compile(model, backend=olla_backend)
+        for size in (12, 16, 23):
+            images, gradients = torch.randn(2, 3, size, size), []
+            for net in (model, compiled):
+                net(images).square().mean().backward()
+                gradients.append([parameter.grad for parameter in model.parameters()])
+                model.zero_grad()
+            self.assert_same(gradients[1], gradients[0], f"gradients of images of size {size}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     windows = _windows(node)[:3]
     target = MAX_POOL_WITH_PLACES if backward else MAX_POOL
     with graph.inserting_before(node):
-        found = graph.call_function(target, (input_, *windows, [*maxima.shape[-2:]]))
+        found = graph.call_function(target, (input_, *windows, _size_of(maxima)))
         found.meta = {**node.meta, "val": maxima}
         if backward:
             places = torch.empty_like(indices, dtype=torch.uint8)
@@ -101,9 +101,9 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
             found.meta |= {"val": (maxima, places), "eager": (maxima.nbytes, held)}
             found, kept = (_part(graph, found, index) for index in range(2))
     for user in backward:
-        size = [*value_of(user).shape[-2:]]
         with graph.inserting_before(user):
-            result = graph.call_function(MAX_POOL_BACKWARD, (user.args[0], kept, *windows, size))
+            given = (user.args[0], kept, *windows, _size_of(value_of(user)))
+            result = graph.call_function(MAX_POOL_BACKWARD, given)
         result.meta = dict(user.meta)
         user.replace_all_uses_with(result)
         graph.erase_node(user)
@@ -112,6 +112,11 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
             part.replace_all_uses_with(found)
         graph.erase_node(part)
     graph.erase_node(node)
+
+
+def _size_of(images: Tensor) -> list[int]:
+    """Height and width; those of torch.compile may be symbols, though they are fixed."""
+    return [int(size) for size in images.shape[-2:]]
 
 
 def _part(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
@@ -124,7 +129,7 @@ def _is_held(node: fx.Node, backward: Sequence[fx.Node]) -> bool:
     """Whether its input stays after it for others than its backward, at least for some time."""
     after = itertools.takewhile(lambda other: other is not node, reversed(node.graph.nodes))
     read = [value for other in after if other not in backward for value in other.all_input_nodes]
-    held = [node.meta["val"] for node in (*node.graph.find_nodes(op="placeholder"), *read)]
+    held = [other.meta.get("val") for other in (*node.graph.find_nodes(op="placeholder"), *read)]
     kept = storage_key(value_of(node.args[0]))
     return any(storage_key(tensor) == kept for tensor in held if isinstance(tensor, Tensor) and not tensor.is_sparse)
 
