@@ -30,7 +30,8 @@ PyTorch. *Better orders* are those of PyTorch Inductor, or of the program, that 
 estimated times of operators; *at least* is what any schedule within it must take. Where half cannot be reached,
 *smallest* is about what can be."""
 _MEASURED = """\
-Eager and planned steps in turn, in one process for each row. Peaks are the allocator's, step times against eager PyTorch."""
+Eager and planned steps in turn, in one process for each row. Peaks are the allocator's, step times against eager
+PyTorch."""
 _COMPILED = """\
 One training step, and one inference, with `torch.compile`, by its backend, at batch {} to {}: the measured peak, in
 MiB, above what lives across steps. The loss of models for images, and the optimizer, are outside of what is compiled,

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from olla.torch_private import FakeTensor, TorchDispatchMode, flatten, real_tensors, remove_step_hooks
 
-__all__ = ["Footprint", "footprint", "hyper_parameters", "narrowed", "separable"]
+__all__ = ["Footprint", "Narrowed", "footprint", "hyper_parameters", "separable"]
 
 _PRIMES = (101, 53, 7, 5, 3)  # sizes of tiny dimensions, all different, so that they can be told apart
 _PER_GROUP = 3
@@ -36,19 +36,26 @@ class Footprint:
     workspace: int  # only during the update
 
 
-@contextmanager
-def narrowed(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Let ``optimizer`` believe that ``parameters``, all of one group, are all it has."""
-    groups = optimizer.param_groups
-    group = _group_of(optimizer, parameters[0])
-    everything = group["params"]
-    optimizer.param_groups = [group]
-    group["params"] = list(parameters)
-    try:
-        yield
-    finally:
-        group["params"] = everything
-        optimizer.param_groups = groups
+class Narrowed:
+    """Inside of it, ``optimizer`` believes that ``parameters``, all of one group, are all it has."""
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
+        self._groups = optimizer.param_groups
+        self._group = _group_of(optimizer, parameters[0])
+        self._everything = self._group["params"]
+
+    def __enter__(self) -> None:
+        try:
+            self._optimizer.param_groups = [self._group]
+            self._group["params"] = list(self._parameters)
+        except BaseException:  # a signal, perhaps
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self._group["params"] = self._everything
+        self._optimizer.param_groups = self._groups
 
 
 def hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def separable(optimizer: Optimizer) -> bool:
                 trial.set_gradients(gradients)
             joint.step()
             for parameter in reversed(single.parameters):
-                with narrowed(single.optimizer, (parameter,)):
+                with Narrowed(single.optimizer, (parameter,)):
                     single.step()
             single.step_without_parameters()
         return joint.moved and joint.equals(single)

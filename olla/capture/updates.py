@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from olla.capture.trial import hyper_parameters, narrowed, separable
+from olla.capture.trial import Narrowed, hyper_parameters, separable
 from olla.errors import CaptureError
 from olla.torch_private import bare_step, has_step_hooks, is_wrapped_by_scheduler
 
@@ -32,42 +32,31 @@ _LIBRARY.impl("update", lambda parameters, gradients, slot: None, "CompositeExpl
 UPDATE = torch.ops.olla.update.default  # marks an update while tracing; never runs
 
 
-class Update(nn.Module):
+class Update:
     """Calling it with gradients makes the optimizer update the parameters they belong to.
 
-    A module only so that a traced graph can hold it under a readable name.
+    There is one for each large parameter, and what it does besides takes as long as a small one's update: so it is no
+    module, and the optimizer's step is called without its hooks.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], *, whole: bool) -> None:
-        super().__init__()
-        # In a tuple, so that they do not count as parameters of this module.
-        self._held = (optimizer, tuple(parameters))
-        self._bare_step = bare_step(optimizer)
+        self.optimizer = optimizer
+        self.parameters_updated = tuple(parameters)  # in the order of the gradients
         self.whole = whole
+        self._bare_step = bare_step(optimizer)
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The live optimizer."""
-        return self._held[0]
-
-    @property
-    def parameters_updated(self) -> tuple[Tensor, ...]:
-        """The live parameters, in the order of the gradients."""
-        return self._held[1]
-
-    def forward(self, *gradients: Tensor) -> None:
+    def __call__(self, *gradients: Tensor) -> None:
         """Update the parameters; the optimizer's state changes as in ``optimizer.step()``."""
-        optimizer, parameters = self._held
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters_updated, gradients, strict=True):
             parameter.grad = gradient
         try:
             if self.whole:
-                optimizer.step()
+                self.optimizer.step()
             else:
-                with narrowed(optimizer, parameters):
-                    self._bare_step(optimizer)
+                with Narrowed(self.optimizer, self.parameters_updated):
+                    self._bare_step(self.optimizer)
         finally:
-            for parameter in parameters:
+            for parameter in self.parameters_updated:
                 parameter.grad = None
 
 
