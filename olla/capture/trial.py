@@ -40,7 +40,7 @@ class Narrowed:
     """Inside of it, ``optimizer`` believes that ``parameters``, all of one group, are all it has."""
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-        self._optimizer, self._parameters = optimizer, parameters
+        self._optimizer, self._only = optimizer, parameters
         self._groups = optimizer.param_groups
         self._group = _group_of(optimizer, parameters[0])
         self._everything = self._group["params"]
@@ -48,7 +48,7 @@ class Narrowed:
     def __enter__(self) -> None:
         try:
             self._optimizer.param_groups = [self._group]
-            self._group["params"] = list(self._parameters)
+            self._group["params"] = list(self._only)
         except BaseException:  # a signal, perhaps
             self.__exit__()
             raise
