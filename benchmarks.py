@@ -96,10 +96,11 @@ _DECIDING += ("tuned_malloc",)
 
 def run_case(row: Row, options: argparse.Namespace) -> None:
     """Plan one case and, where it fits, run and measure it, in another process. Errors become part of the row."""
-    is_planned_only = "--simulate" in row.options.split()
     try:
-        if is_planned_only or row.form:
-            (solve_form if row.form else simulate)(row, options)
+        if row.form:
+            solve_form(row, options)
+        elif "--simulate" in row.options.split():
+            simulate(row, options)
         else:
             vars(row).update(vars(apart(_measured, row, options)))
     except Exception as error:  # one failing model must not end the run

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor, fx
 
 from olla.torch_private import OpOverload, storage_key, written_arguments
 
-__all__ = ["changes_between", "erase_unused", "only_user", "value_of"]
+__all__ = ["changes_between", "erase_unused", "only_user", "part_of", "value_of"]
 
 
 def value_of(argument: Any) -> Tensor:
@@ -21,6 +22,13 @@ def value_of(argument: Any) -> Tensor:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The call that uses the result of ``node``, if there is one and no other."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def part_of(node: fx.Node, index: int) -> fx.Node:
+    """A new call, where calls are being inserted, that takes one of the results of ``node``."""
+    part = node.graph.call_function(operator.getitem, (node, index))
+    part.meta = {**node.meta, "val": node.meta["val"][index]}
+    return part
 
 
 def changes_between(first: fx.Node, last: fx.Node) -> bool:

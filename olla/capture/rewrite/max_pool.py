@@ -2,7 +2,8 @@
 
 From forward to backward, eager PyTorch holds the index of each maximum, in eight bytes, and the image. A byte says
 where the maximum is in its window, and nothing else is needed; inference keeps nothing. And where PyTorch's kernel
-compares one number after the other, the windows beside each other are compared at once.
+compares one number after the other, the windows beside each other are compared at once, in an image that is laid out
+anew for it, one for each thread, which is not counted: it is outside of PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, ops
 
-from olla.capture.rewrite.calls import value_of
+from olla.capture.rewrite.calls import part_of, value_of
 from olla.compiling import Library, load_operators, vectors
 from olla.torch_private import storage_key
 
@@ -99,7 +100,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
             places = torch.empty_like(indices, dtype=torch.uint8)
             held = indices.nbytes + (0 if _is_held(node, backward) else value_of(input_).nbytes)
             found.meta |= {"val": (maxima, places), "eager": (maxima.nbytes, held)}
-            found, kept = (_part(graph, found, index) for index in range(2))
+            found, kept = (part_of(found, index) for index in range(2))
     for user in backward:
         with graph.inserting_before(user):
             given = (user.args[0], kept, *windows, _size_of(value_of(user)))
@@ -117,12 +118,6 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
 def _size_of(images: Tensor) -> list[int]:
     """Height and width; those of torch.compile may be symbols, though they are fixed."""
     return [int(size) for size in images.shape[-2:]]
-
-
-def _part(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
-    part = graph.call_function(operator.getitem, (node, index))
-    part.meta = {**node.meta, "val": node.meta["val"][index]}
-    return part
 
 
 def _is_held(node: fx.Node, backward: Sequence[fx.Node]) -> bool:
