@@ -4,6 +4,8 @@ Much of what an order may do is not fixed by what depends on what: the gradient 
 once, or late. If neither fits beside what is best kept otherwise, a bound for both tells it only once they are told
 apart. So the case with the lowest bound is divided: of its moments, and one more, at which what is kept by then needs
 too much, all orders are looked at (``joint.py``), each for itself. The lowest bound of all cases holds for every order.
+Which moment raises it is not seen from the bytes, but quickly tried out, by linear programs: the *strong branching* of
+integer programming.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +28,7 @@ from olla.order.problem import Integers
 __all__ = ["Cases"]
 
 _AT_A_TIME = 2  # small integer programs
+_LOOKED_AT = 24  # moments, by linear programs
 
 
 class _Case(NamedTuple):
@@ -65,23 +69,26 @@ class Cases:
 
     def divide(self) -> bool:
         """Divide the case with the lowest bound, by one more moment; False: what it keeps, if it was found, fits."""
-        case = self._cases[0]
-        op = self._fullest()
-        if op is None:
-            return False
-
-        def looked_at(inserted: tuple[int, tuple[Integers, Booleans]]) -> _Case:
-            number, (ops, before) = inserted
-            joint = jointly(self._moments, ops, self._budget, before)
-            return _Case(max(case.bound, joint.seconds), number, joint, before)
-
+        ops = self._exceeding()
         with ThreadPoolExecutor(_AT_A_TIME) as solvers:
-            found = list(solvers.map(looked_at, enumerate(_inserted(op, case.joint.ops, case.before), self._count)))
-        heapq.heapreplace(self._cases, found[0])
-        for one in found[1:]:
-            heapq.heappush(self._cases, one)
+            bounds = solvers.map(lambda op: _lowest(self._divided(op, integer=False)), ops)
+            promising = [op for _, op in sorted(zip(bounds, ops, strict=True), key=itemgetter(0), reverse=True)]
+            divisions = list(solvers.map(self._divided, promising[:_AT_A_TIME]))
+        if not divisions:
+            return False
+        heapq.heappop(self._cases)
+        for case in (found := max(divisions, key=_lowest)):
+            heapq.heappush(self._cases, case)
         self._count += len(found)
         return True
+
+    def _divided(self, op: int, *, integer: bool = True) -> list[_Case]:
+        """The case with the lowest bound, divided by the first run of ``op``."""
+        case, found = self._cases[0], []
+        for number, (ops, before) in enumerate(_inserted(op, case.joint.ops, case.before), self._count):
+            joint = jointly(self._moments, ops, self._budget, before, integer=integer)
+            found.append(_Case(max(case.bound, joint.seconds), number, joint, before))
+        return found
 
     def sequences(self) -> Iterator[Integers]:
         """The orders, in the case with the lowest bound, in which what it does not keep is made again."""
@@ -93,16 +100,22 @@ class Cases:
             if len(sequence):
                 yield sequence
 
-    def _fullest(self) -> int | None:
-        """The op whose first run exceeds the budget most in these sequences; None: none does."""
-        program, most = self._moments.program, (0, -1)
+    def _exceeding(self) -> list[int]:
+        """Ops whose first runs exceed the budget in these sequences, and what is right around them; the fullest first."""
+        program, excess = self._moments.program, np.zeros(self._moments.program.loads, np.int64)
         for sequence in self.sequences():
             whole, _ = completed(program, sequence)
-            first, position = np.unique(whole, return_index=True)
-            excess = simulated(program, whole)[1][position] - self._budget
-            excess[(first >= program.loads) | np.isin(first, [*self._cases[0].joint.ops, *program.late])] = 0
-            most = max(most, (int(excess.max()), int(first[np.argmax(excess)])))
-        return most[1] if most[0] > 0 else None
+            live = simulated(program, whole)[1]
+            is_peak = (live >= np.append(live[1:], 0)) & (live > np.append(0, live[:-1]))
+            first = np.unique(whole, return_index=True)[1][: program.loads]
+            excess = np.maximum(excess, np.where(is_peak, live - self._budget, 0)[first])
+        excess[[*self._cases[0].joint.ops, *program.late]] = 0
+        fullest = np.argsort(-excess, kind="stable")[:_LOOKED_AT]
+        return fullest[excess[fullest] > 0].tolist()
+
+
+def _lowest(division: list[_Case]) -> float:
+    return min(case.joint.seconds for case in division)
 
 
 def _inserted(op: int, ops: Integers, before: Booleans) -> Iterator[tuple[Integers, Booleans]]:

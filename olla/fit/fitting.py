@@ -24,8 +24,9 @@ import numpy as np
 from olla.errors import InfeasibleError
 from olla.fit.cases import Cases
 from olla.fit.moment import Kept, Moments
+from olla.fit.moves import changed
 from olla.fit.program import as_sequence, completed, program_of, simulated, spilled, with_loads
-from olla.fit.repair import DEPTHS, chain_of, peak_of, repaired, states, unrolled, waiting
+from olla.fit.repair import peak_of, repaired, unrolled
 from olla.fit.spill import Bandwidth, belady
 from olla.graph.graph import Graph, Op, Storage
 from olla.graph.lifetimes import least_bytes, peak_bytes
@@ -47,8 +48,7 @@ _TRIALS = 150  # to improve a sequence
 _MORE_TRIALS = 3_000  # if it is not close to the bound then, but no more than
 _TRIALS_PER_OP = 10  # of the step
 _WALKS = 2  # at a time
-_HEAT = 6e-3  # of all seconds: what a trial may lose in the beginning
-_NEARBY = 40  # ops, in program order
+_HEAT = 2e-3  # of all seconds: what a trial may lose in the beginning
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
 
 
@@ -238,14 +238,14 @@ class Fitting:
         limit, seconds = bound + _SETTLED * self._once, max(1e-9, deadline - time.perf_counter())
 
         def walk(seed: int, start: Found) -> Found:
-            """Leave out some repeats, or put in others, and repair again and again; returns the best."""
+            """Change the sequence, and repair it, again and again; returns the best."""
             draw, best, at = np.random.default_rng([seed, trials]), start, start
             for trial in range(trials):
                 left = min(1 - trial / trials, (deadline - time.perf_counter()) / seconds)
                 if best.extra <= limit or left < 0:
                     break
-                change = self._with_another if draw.random() < 1 / 3 else self._with_less
-                found = self._repaired(change(at.sequence, draw), budget_bytes, float(draw.choice(_POWERS)))
+                other = changed(self._program, at.sequence, self._seconds, budget_bytes, draw)
+                found = self._repaired(other, budget_bytes, float(draw.choice(_POWERS)))
                 heat = _HEAT * self._once * left
                 if found.peak <= budget_bytes:
                     best = min(best, found, key=_cost)
@@ -258,30 +258,6 @@ class Fitting:
             except BaseException:
                 deadline = 0.0  # of the other walk, too
                 raise
-
-    def _with_less(self, sequence: Integers, draw: np.random.Generator) -> Integers:
-        """The sequence without some repeats and loads of ops that are near one another."""
-        again = sequence >= self._program.loads
-        again |= ~np.isin(np.arange(len(sequence)), np.unique(sequence, return_index=True)[1])
-        if not again.any():
-            return sequence
-        middle = draw.choice(np.flatnonzero(again))
-        where = np.arange(len(sequence)) if draw.random() < 1 / 2 else sequence
-        is_near = np.abs(where - where[middle]) <= draw.integers(1, _NEARBY)
-        return np.delete(sequence, np.flatnonzero(again & is_near))
-
-    def _with_another(self, sequence: Integers, draw: np.random.Generator) -> Integers:
-        """The sequence with one more chain: something that waits somewhere is dropped."""
-        _, places, storages = waiting(self._program, sequence, int(draw.integers(len(sequence))))
-        if len(places) == 0:
-            return sequence
-        chosen = draw.integers(len(places))
-        place, depth = places[chosen], draw.choice(DEPTHS)
-        (version,), (waits,) = states(self._program, sequence, places[[chosen]])
-        chain = chain_of(self._program, version, waits, sequence[place], storages[chosen], depth)
-        if not np.isfinite(self._seconds[chain].sum()):
-            return sequence
-        return np.concatenate([sequence[:place], chain, sequence[place:]])
 
     def _smallest(self, deadline: float) -> int:
         """About the smallest budget that can be reached, by bisection, which is the same whatever was asked before."""
@@ -334,6 +310,7 @@ def _compile() -> None:
     order, kept = as_sequence(program, [0]), np.ones((1, 1), np.bool_)
     unrolled(program, order, order, kept, kept)
     repaired(program, order, np.ones(2), 1, 1.0)
+    changed(program, order, np.ones(2), 1, np.random.default_rng(0))
 
 
 def _cost(found: Found) -> tuple[float, int]:

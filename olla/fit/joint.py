@@ -42,10 +42,11 @@ class Joint(NamedTuple):
     loaded: Booleans  # those that come back between this op and the next one
 
 
-def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans) -> Joint:
+def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans, *, integer: bool = True) -> Joint:
     """The best choice at the first runs of ``ops``, each of which must precede the next one.
 
-    The bound holds for every order in which what is ``before`` an op, in the row of that, comes before it.
+    The bound holds for every order in which what is ``before`` an op, in the row of that, comes before it. Not
+    ``integer``: one that is lower, and found sooner.
     """
     program, of_op = moments.program, moments.of_op
     number, makers, contents, count = len(ops), len(of_op), len(moments.storage), len(ops) + 1
@@ -110,16 +111,16 @@ def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans) -> J
     unit = float(of_op.sum())
     found = milp(
         cost / unit,
-        integrality=np.ones(len(cost)),
+        integrality=np.full(len(cost), int(integer)),
         bounds=Bounds(lowest, highest),
         constraints=rows.constraint(len(cost)),
-        options=_OPTIONS,
+        options=_OPTIONS.copy(),  # milp takes some out
     )
     if found.status == _INFEASIBLE:
         return Joint(ops, np.inf, left[:0], left[:0])
-    bound = found.mip_dual_bound
+    bound = found.mip_dual_bound if integer else found.fun
     seconds = 0.0 if bound is None or not np.isfinite(bound) else max(0.0, bound * unit - free)
-    if found.x is None:
+    if found.x is None or not integer:
         return Joint(ops, seconds, left[:0], left[:0])
     chosen = found.x > 1 / 2
     return Joint(ops, seconds, chosen[kept] | left, chosen[loads])

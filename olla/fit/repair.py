@@ -17,7 +17,7 @@ from numba import njit
 from olla.fit.program import CREATES, LOADS, WRITES, WRITES_ONCE, Booleans, Floats, Program, completed, simulated
 from olla.order.problem import Integers
 
-__all__ = ["DEPTHS", "chain_of", "is_needed", "peak_of", "repaired", "states", "unrolled", "uses_in", "waiting"]
+__all__ = ["DEPTHS", "chain_of", "excess_of", "is_needed", "peak_of", "repaired", "states", "unrolled", "uses_in", "waiting"]
 
 LOAD = -1
 _TRIED = 12  # chains, the most promising ones, before one of them is taken
@@ -41,7 +41,7 @@ def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int,
 
     ``power`` is that of seconds in the score of a chain.
     """
-    best, excess = sequence, _excess(program, sequence, budget)
+    best, excess = sequence, excess_of(program, sequence, budget)[0]
     if excess == np.inf:
         return sequence
     while excess > 0:
@@ -51,12 +51,12 @@ def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int,
             if tried >= _TRIED and score > 0.0:
                 break
             candidate = np.concatenate((best[: place[i]], chains[i], best[place[i] :]))
-            removed = excess - _excess(program, candidate, budget)
+            removed = excess - excess_of(program, candidate, budget)[0]
             if removed > 0 and removed / power_of_cost[i] > score:
                 found, score = candidate, removed / power_of_cost[i]
         if score == 0.0:
             break
-        best, excess = found, _excess(program, found, budget)
+        best, excess = found, excess_of(program, found, budget)[0]
     return _pruned(program, best, seconds, budget if excess == 0 else peak_of(program, best))
 
 
@@ -198,15 +198,16 @@ def peak_of(program: Program, sequence: Integers) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _excess(program: Program, sequence: Integers, budget: int) -> float:
-    """Byte-steps above the budget; infinite, if the sequence is not sound."""
-    is_sound, profile = simulated(program, completed(program, sequence)[0])
+def excess_of(program: Program, sequence: Integers, budget: int) -> tuple[float, Integers]:
+    """Byte-steps above the budget, and the positions where; infinitely many, if the sequence is not sound."""
+    whole, owner = completed(program, sequence)
+    is_sound, profile = simulated(program, whole)
     if not is_sound:
-        return np.inf
+        return np.inf, owner[:0]
     excess = 0.0
     for live in profile:
         excess += max(0, live - budget)
-    return excess
+    return excess, owner[profile > budget]
 
 
 @njit(cache=True, nogil=True)
