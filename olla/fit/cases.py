@@ -28,7 +28,7 @@ from olla.order.problem import Integers
 __all__ = ["Cases"]
 
 _AT_A_TIME = 2  # small integer programs
-_LOOKED_AT = 24  # moments, by linear programs
+_LOOKED_AT = 16  # moments, by linear programs
 
 
 class _Case(NamedTuple):
@@ -101,7 +101,7 @@ class Cases:
                 yield sequence
 
     def _exceeding(self) -> list[int]:
-        """Ops whose first runs exceed the budget in these sequences, and what is right around them; the fullest first."""
+        """Ops whose first runs exceed the budget, and what runs around them, in these sequences; the fullest first."""
         program, excess = self._moments.program, np.zeros(self._moments.program.loads, np.int64)
         for sequence in self.sequences():
             whole, _ = completed(program, sequence)

@@ -2,9 +2,10 @@
 
 The dearest moment of the step says what is best kept in memory (``moment.py``): from there on, what is not kept is made
 again right before it is needed. Such sequences, for that and for smaller budgets, and plain orders, are repaired
-greedily (``repair.py``) for several weights of time against bytes. The cheapest ones are improved, by leaving out some
-of their repeats, or putting in others, and repairing them again, until one is as good as the bound. Where none is, the
-bound is raised, by telling apart what comes when (``cases.py``), and the cheapest one is improved once more.
+greedily (``repair.py``) for several weights of time against bytes. The cheapest ones are improved, by moving some of
+their ops, leaving out some of their repeats, or putting in others (``moves.py``), and repairing them again, until one
+is as good as the bound. Where none is, the bound is raised, by telling apart what comes when (``cases.py``), and the
+cheapest one is improved once more.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.
@@ -24,7 +25,7 @@ import numpy as np
 from olla.errors import InfeasibleError
 from olla.fit.cases import Cases
 from olla.fit.moment import Kept, Moments
-from olla.fit.moves import changed
+from olla.fit.moves import changed, cleared
 from olla.fit.program import as_sequence, completed, program_of, simulated, spilled, with_loads
 from olla.fit.repair import peak_of, repaired, unrolled
 from olla.fit.spill import Bandwidth, belady
@@ -48,7 +49,8 @@ _TRIALS = 150  # to improve a sequence
 _MORE_TRIALS = 3_000  # if it is not close to the bound then, but no more than
 _TRIALS_PER_OP = 10  # of the step
 _WALKS = 2  # at a time
-_HEAT = 2e-3  # of all seconds: what a trial may lose in the beginning
+_HEAT = 1e-3  # of all seconds: what a trial may lose in the beginning
+_WASTE = 0.005  # of all seconds: what repeats that turn out to be needless take, at most, as a rule
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
 
 
@@ -216,9 +218,12 @@ class Fitting:
             middle = (time.perf_counter() + deadline) / 2
             for order in () if self._known else self._orders:  # what is known began there
                 self._start_in(order, budget_bytes, moment, middle)
+            took = 0.0
             for _ in range(_DIVISIONS):
-                if not is_open() or time.perf_counter() > middle or not cases.divide():
+                began = time.perf_counter()
+                if not is_open() or began + took > middle or not cases.divide():
                     break
+                took = time.perf_counter() - began
         if is_open():
             trials = min(_MORE_TRIALS, _TRIALS_PER_OP * self._program.loads)
             self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, trials, deadline)
@@ -244,8 +249,8 @@ class Fitting:
                 left = min(1 - trial / trials, (deadline - time.perf_counter()) / seconds)
                 if best.extra <= limit or left < 0:
                     break
-                other = changed(self._program, at.sequence, self._seconds, budget_bytes, draw)
-                found = self._repaired(other, budget_bytes, float(draw.choice(_POWERS)))
+                most = (1 + _WASTE) * self._once + at.extra
+                found = self._neighbour(at.sequence, budget_bytes, draw, most)
                 heat = _HEAT * self._once * left
                 if found.peak <= budget_bytes:
                     best = min(best, found, key=_cost)
@@ -260,7 +265,7 @@ class Fitting:
                 raise
 
     def _smallest(self, deadline: float) -> int:
-        """About the smallest budget that can be reached, by bisection, which is the same whatever was asked before."""
+        """About the smallest budget that can be reached, by bisection and a walk; it is the same whatever was asked."""
         low, high = self._floor - 1, self._start.peak_bytes  # what is too small, and what is not
         middle = self._floor if self._can_spill else (low + high) // 2
         while high - low > max(1, _CLOSE * high) and time.perf_counter() < deadline:
@@ -269,6 +274,13 @@ class Fitting:
             else:
                 low = middle
             middle = (low + high) // 2
+        draw = np.random.default_rng(0)
+        at = min([Found(0.0, self._start.peak_bytes, self._orders[0]), *self._found], key=_peak)
+        for _ in range(_TRIALS):
+            if at.peak <= self._floor or time.perf_counter() > deadline:
+                break
+            at = min(self._neighbour(at.sequence, at.peak - 1, draw), at, key=_peak)
+        self._found.append(at)
         return self._least
 
     @property
@@ -296,8 +308,16 @@ class Fitting:
         self._found.append(self._repaired(sequence, budget_bytes, power))
         return self._found[-1].peak
 
-    def _repaired(self, sequence: Integers, budget_bytes: int, power: float) -> Found:
-        sequence = repaired(self._program, sequence, self._seconds, budget_bytes, power)
+    def _neighbour(
+        self, sequence: Integers, budget_bytes: int, draw: np.random.Generator, limit: float = np.inf
+    ) -> Found:
+        """The sequence, changed at random, and repaired."""
+        other = changed(self._program, sequence, self._seconds, draw)
+        other = cleared(self._program, other, budget_bytes, draw)
+        return self._repaired(other, budget_bytes, float(draw.choice(_POWERS)), limit)
+
+    def _repaired(self, sequence: Integers, budget_bytes: int, power: float, limit: float = np.inf) -> Found:
+        sequence = repaired(self._program, sequence, self._seconds, budget_bytes, power, limit)
         once = np.unique(sequence[sequence < self._program.loads])
         extra = float(self._seconds[sequence].sum() - self._seconds[once].sum())
         return Found(max(0.0, extra), peak_of(self._program, sequence), sequence)
@@ -309,8 +329,13 @@ def _compile() -> None:
     program = program_of(Graph((Op("a", (0,)),), (Storage("", 1),)))
     order, kept = as_sequence(program, [0]), np.ones((1, 1), np.bool_)
     unrolled(program, order, order, kept, kept)
-    repaired(program, order, np.ones(2), 1, 1.0)
-    changed(program, order, np.ones(2), 1, np.random.default_rng(0))
+    repaired(program, order, np.ones(2), 1, 1.0, np.inf)
+    draw = np.random.default_rng(0)
+    cleared(program, changed(program, order, np.ones(2), draw), 1, draw)
+
+
+def _peak(found: Found) -> int:
+    return found.peak
 
 
 def _cost(found: Found) -> tuple[float, int]:

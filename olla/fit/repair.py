@@ -17,9 +17,21 @@ from numba import njit
 from olla.fit.program import CREATES, LOADS, WRITES, WRITES_ONCE, Booleans, Floats, Program, completed, simulated
 from olla.order.problem import Integers
 
-__all__ = ["DEPTHS", "chain_of", "excess_of", "is_needed", "peak_of", "repaired", "states", "unrolled", "uses_in", "waiting"]
+__all__ = [
+    "DEPTHS",
+    "chain_of",
+    "excess_of",
+    "is_needed",
+    "peak_of",
+    "repaired",
+    "states",
+    "unrolled",
+    "uses_in",
+    "waiting",
+]
 
 LOAD = -1
+_WORTH = 1e-3  # of the bytes that dropping one storage frees above the budget: of another one that is looked at
 _TRIED = 12  # chains, the most promising ones, before one of them is taken
 _LONGEST = 50_000  # ops in a chain or a sequence
 DEPTHS = np.array([LOAD, 0, 1, 2, 3, 5, 8, 1_000_000], np.int64)  # of chains
@@ -36,15 +48,19 @@ class Uses(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def repaired(program: Program, sequence: Integers, seconds: Floats, budget: int, power: float) -> Integers:
+def repaired(
+    program: Program, sequence: Integers, seconds: Floats, budget: int, power: float, limit: float
+) -> Integers:
     """The sequence with more repeats and loads, until it fits or nothing helps any more; then without needless ones.
 
-    ``power`` is that of seconds in the score of a chain.
+    ``power`` is that of seconds in the score of a chain. What takes more than ``limit`` seconds is given up.
     """
     best, excess = sequence, excess_of(program, sequence, budget)[0]
     if excess == np.inf:
         return sequence
     while excess > 0:
+        if seconds[best].sum() > limit:
+            return best
         place, chains, promise, power_of_cost = _chains(program, best, seconds, budget, power)
         found, score = best, 0.0
         for tried, i in enumerate(np.argsort(-promise, kind="mergesort")):
@@ -72,10 +88,11 @@ def _chains(
     profile = simulated(program, whole)[1]
     before, after, storages = waiting(program, sequence, owner[np.argmax(profile)])
     relief = np.zeros(len(program.sizes), np.float64)
+    exceeding = np.flatnonzero(profile > budget)
     for i in range(len(storages)):
-        for step in range(len(whole)):
+        for step in exceeding:
             if before[i] < owner[step] < after[i]:
-                relief[storages[i]] += max(0, min(program.sizes[storages[i]], profile[step] - budget))
+                relief[storages[i]] += min(program.sizes[storages[i]], profile[step] - budget)
     places, chains = [np.int64(0) for _ in range(0)], [sequence for _ in range(0)]
     promise, costs = [0.0 for _ in range(0)], [0.0 for _ in range(0)]
     goal_of = np.zeros(len(sequence), np.int64)  # of each position where something is needed, a number
@@ -83,7 +100,7 @@ def _chains(
     goals = np.flatnonzero(goal_of)
     goal_of[goals] = np.arange(len(goals))
     versions, waits = states(program, sequence, goals)
-    for i in range(len(after)):
+    for i in np.flatnonzero(relief[storages] >= _WORTH * relief.max()):
         goal = goal_of[after[i]]
         length = 0
         for depth in DEPTHS:
