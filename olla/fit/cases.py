@@ -111,7 +111,7 @@ class Cases:
             excess = np.maximum(excess, np.where(is_peak, live - self._budget, 0)[first])
         excess[[*self._cases[0].joint.ops, *program.late]] = 0
         fullest = np.argsort(-excess, kind="stable")[:_LOOKED_AT]
-        return fullest[excess[fullest] > 0].tolist()
+        return [int(op) for op in fullest if excess[op] > 0]
 
 
 def _lowest(division: list[_Case]) -> float:
