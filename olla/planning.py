@@ -60,8 +60,8 @@ log = logging.getLogger(__name__)
 
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 0.24  # of the time limit; steps of thousands of ops need that,
-_FITTING_AGAIN = 0.12  # and, from what is known, less; with two of these, all fits have less than half
+_FITTING = 0.18  # of the time limit; steps of thousands of ops need that,
+_FITTING_AGAIN = 0.15  # and, from what is known, less; with two of these, all fits have less than half
 _FASTER = 0.95  # is worth running in another order
 OUTSIDE = -1  # instead of an offset
 

@@ -4,17 +4,16 @@ Much of what an order may do is not fixed by what depends on what: the gradient 
 once, or late. If neither fits beside what is best kept otherwise, a bound for both tells it only once they are told
 apart. So the case with the lowest bound is divided: of its moments, and one more, at which what is kept by then needs
 too much, all orders are looked at (``joint.py``), each for itself. The lowest bound of all cases holds for every order.
-Which moment raises it is not seen from the bytes, but quickly tried out, by linear programs: the *strong branching* of
-integer programming.
+That moment is one at which most is in memory, or one that raises the bound at once: which ones do is not seen from the
+bytes, but quickly tried out by linear programs, as in the *strong branching* of integer programming.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import pairwise
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,9 @@ from olla.order.problem import Integers
 __all__ = ["Cases"]
 
 _AT_A_TIME = 2  # small integer programs
-_LOOKED_AT = 16  # moments, by linear programs
+_LOOKED_AT = 12  # linear programs
+_HINT = 2e-4  # of all seconds: what another moment than the fullest one must raise these by,
+_WORTH = 1e-3  # and the bound
 
 
 class _Case(NamedTuple):
@@ -69,26 +70,35 @@ class Cases:
 
     def divide(self) -> bool:
         """Divide the case with the lowest bound, by one more moment; False: what it keeps, if it was found, fits."""
-        ops = self._exceeding()
-        with ThreadPoolExecutor(_AT_A_TIME) as solvers:
-            bounds = solvers.map(lambda op: _lowest(self._divided(op, integer=False)), ops)
-            promising = [op for _, op in sorted(zip(bounds, ops, strict=True), key=itemgetter(0), reverse=True)]
-            divisions = list(solvers.map(self._divided, promising[:_AT_A_TIME]))
-        if not divisions:
+        case, ops = self._cases[0], self._exceeding()
+        if not ops:
             return False
+        programs = np.cumsum([len(range(*_places(op, case.joint.ops, case.before))) for op in ops])
+        looked_at = ops[: max(1, int(np.searchsorted(programs, _LOOKED_AT, side="right")))]
+        seconds = float(self._moments.of_op.sum())
+        with ThreadPoolExecutor(_AT_A_TIME) as solvers:
+            bounds = {op: _lowest(self._divided(op, solvers, integer=False)) for op in looked_at}
+            promising = max(looked_at, key=bounds.__getitem__)
+            is_hint = bounds[promising] - min(bounds.values()) > _HINT * seconds
+            chosen = self._divided(promising if is_hint else ops[0], solvers)
+            if is_hint and promising != ops[0] and _lowest(chosen) - case.bound <= _WORTH * seconds:
+                chosen = self._divided(ops[0], solvers)
         heapq.heappop(self._cases)
-        for case in (found := max(divisions, key=_lowest)):
-            heapq.heappush(self._cases, case)
-        self._count += len(found)
+        for part in chosen:
+            heapq.heappush(self._cases, part)
+        self._count += len(chosen)
         return True
 
-    def _divided(self, op: int, *, integer: bool = True) -> list[_Case]:
+    def _divided(self, op: int, solvers: Executor, *, integer: bool = True) -> list[_Case]:
         """The case with the lowest bound, divided by the first run of ``op``."""
-        case, found = self._cases[0], []
-        for number, (ops, before) in enumerate(_inserted(op, case.joint.ops, case.before), self._count):
+        case = self._cases[0]
+
+        def looked_at(inserted: tuple[int, tuple[Integers, Booleans]]) -> _Case:
+            number, (ops, before) = inserted
             joint = jointly(self._moments, ops, self._budget, before, integer=integer)
-            found.append(_Case(max(case.bound, joint.seconds), number, joint, before))
-        return found
+            return _Case(max(case.bound, joint.seconds), number, joint, before)
+
+        return list(solvers.map(looked_at, enumerate(_inserted(op, case.joint.ops, case.before), self._count)))
 
     def sequences(self) -> Iterator[Integers]:
         """The orders, in the case with the lowest bound, in which what it does not keep is made again."""
@@ -101,17 +111,17 @@ class Cases:
                 yield sequence
 
     def _exceeding(self) -> list[int]:
-        """Ops whose first runs exceed the budget, and what runs around them, in these sequences; the fullest first."""
+        """Ops whose first runs exceed the budget, and those right before and after, in these sequences; most first."""
         program, excess = self._moments.program, np.zeros(self._moments.program.loads, np.int64)
         for sequence in self.sequences():
             whole, _ = completed(program, sequence)
-            live = simulated(program, whole)[1]
+            first = np.sort(np.unique(whole, return_index=True)[1])
+            first = first[whole[first] < program.loads]
+            live = simulated(program, whole)[1][first]
             is_peak = (live >= np.append(live[1:], 0)) & (live > np.append(0, live[:-1]))
-            first = np.unique(whole, return_index=True)[1][: program.loads]
-            excess = np.maximum(excess, np.where(is_peak, live - self._budget, 0)[first])
+            np.maximum.at(excess, whole[first], np.where(is_peak, live - self._budget, 0))
         excess[[*self._cases[0].joint.ops, *program.late]] = 0
-        fullest = np.argsort(-excess, kind="stable")[:_LOOKED_AT]
-        return [int(op) for op in fullest if excess[op] > 0]
+        return [int(op) for op in np.argsort(-excess, kind="stable") if excess[op] > 0]
 
 
 def _lowest(division: list[_Case]) -> float:
@@ -120,14 +130,18 @@ def _lowest(division: list[_Case]) -> float:
 
 def _inserted(op: int, ops: Integers, before: Booleans) -> Iterator[tuple[Integers, Booleans]]:
     """Wherever ``op`` may come among ``ops``: all of them in order, and what is before each op then."""
-    earliest, latest = int(before[op, ops].sum()), len(ops) - int(before[ops, op].sum())
-    for place in range(earliest, latest + 1):
+    for place in range(*_places(op, ops, before)):
         chain, relation = np.insert(ops, place, op), before.copy()
         for one, other in pairwise(chain[max(0, place - 1) : place + 2]):
             earlier = np.append(np.flatnonzero(relation[one]), one)
             later = np.append(np.flatnonzero(relation[:, other]), other)
             relation[np.ix_(later, earlier)] = True
         yield chain, relation
+
+
+def _places(op: int, ops: Integers, before: Booleans) -> tuple[int, int]:
+    """Where ``op`` may come among ``ops``: the first place, and that after the last one."""
+    return int(before[op, ops].sum()), len(ops) - int(before[ops, op].sum()) + 1
 
 
 def _obeying(order: Integers, before: Booleans) -> Integers:

@@ -218,12 +218,9 @@ class Fitting:
             middle = (time.perf_counter() + deadline) / 2
             for order in () if self._known else self._orders:  # what is known began there
                 self._start_in(order, budget_bytes, moment, middle)
-            took = 0.0
             for _ in range(_DIVISIONS):
-                began = time.perf_counter()
-                if not is_open() or began + took > middle or not cases.divide():
+                if not is_open() or time.perf_counter() > middle or not cases.divide():
                     break
-                took = time.perf_counter() - began
         if is_open():
             trials = min(_MORE_TRIALS, _TRIALS_PER_OP * self._program.loads)
             self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, trials, deadline)

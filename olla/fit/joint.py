@@ -45,8 +45,8 @@ class Joint(NamedTuple):
 def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans, *, integer: bool = True) -> Joint:
     """The best choice at the first runs of ``ops``, each of which must precede the next one.
 
-    The bound holds for every order in which what is ``before`` an op, in the row of that, comes before it. Not
-    ``integer``: one that is lower, and found sooner.
+    The bound holds for every order in which what is ``before`` an op, in the row of that, comes before it. Without
+    ``integer`` it is lower, found sooner, and comes without a choice.
     """
     program, of_op = moments.program, moments.of_op
     number, makers, contents, count = len(ops), len(of_op), len(moments.storage), len(ops) + 1
