@@ -40,6 +40,7 @@ _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
 _STARTING = 1 / 3  # of the time, for starts, once one of them fits
 _MOMENTS = 24  # that are looked at
+_WALKING = 0.4  # of the time that is left then, for the walks after a bound is raised
 _DIVISIONS = 4  # of the case with the lowest bound
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
 _MANY = 1_500  # ops, for programs of several moments to stay small
@@ -215,7 +216,7 @@ class Fitting:
 
         self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
         if is_open() and self._program.loads <= _MANY:
-            middle = (time.perf_counter() + deadline) / 2
+            middle = deadline - _WALKING * (deadline - time.perf_counter())
             for order in () if self._known else self._orders:  # what is known began there
                 self._start_in(order, budget_bytes, moment, middle)
             for _ in range(_DIVISIONS):
