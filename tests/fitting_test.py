@@ -101,6 +101,19 @@ class FittingTest(unittest.TestCase):
             seen += 1
         self.assertGreater(seen, CASES // 2)
 
+    def test_the_smallest_budget_that_an_error_names_can_be_had_whatever_was_asked(self) -> None:
+        graphs = [training(layers, drops=True) for layers in (5, 9, 14)]
+        graphs += [graph for graph, *_ in islice(tight_cases(random.Random(3)), CASES)]
+        for graph in graphs:
+            start, seconds = olla.schedule(graph), [1.0] * len(graph.ops)
+            with self.subTest(graph=graph), self.assertRaises(InfeasibleError) as caught:
+                Fitting(graph, start, seconds).within(0)
+            named = caught.exception.best_bytes
+            self.assertLessEqual(Fitting(graph, start, seconds).within(named, time_limit=2.0).peak_bytes, named)
+            with self.assertRaises(InfeasibleError) as caught:
+                Fitting(graph, start, seconds).within(named - 1)
+            self.assertEqual(named, caught.exception.best_bytes)
+
     def test_an_error_says_whether_time_was_over(self) -> None:
         graph = training(12)
         work = Fitting(graph, olla.schedule(graph), [1.0] * len(graph.ops))

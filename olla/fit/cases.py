@@ -77,28 +77,32 @@ class Cases:
         looked_at = ops[: max(1, int(np.searchsorted(programs, _LOOKED_AT, side="right")))]
         seconds = float(self._moments.of_op.sum())
         with ThreadPoolExecutor(_AT_A_TIME) as solvers:
-            bounds = {op: _lowest(self._divided(op, solvers, integer=False)) for op in looked_at}
+            relaxed = self._divisions(looked_at, solvers, integer=False)
+            bounds = {op: _lowest(division) for op, division in relaxed.items()}
             promising = max(looked_at, key=bounds.__getitem__)
             is_hint = bounds[promising] - min(bounds.values()) > _HINT * seconds
-            chosen = self._divided(promising if is_hint else ops[0], solvers)
-            if is_hint and promising != ops[0] and _lowest(chosen) - case.bound <= _WORTH * seconds:
-                chosen = self._divided(ops[0], solvers)
+            op = promising if is_hint else ops[0]
+            chosen = self._divisions([op], solvers)[op]
+            if op != ops[0] and _lowest(chosen) - case.bound <= _WORTH * seconds:
+                chosen = self._divisions(ops[:1], solvers)[ops[0]]
         heapq.heappop(self._cases)
         for part in chosen:
             heapq.heappush(self._cases, part)
         self._count += len(chosen)
         return True
 
-    def _divided(self, op: int, solvers: Executor, *, integer: bool = True) -> list[_Case]:
-        """The case with the lowest bound, divided by the first run of ``op``."""
-        case = self._cases[0]
+    def _divisions(self, ops: list[int], solvers: Executor, *, integer: bool = True) -> dict[int, list[_Case]]:
+        """The case with the lowest bound, divided by the first run of each of ``ops``."""
+        case, found = self._cases[0], {op: list[_Case]() for op in ops}
+        parts = [(op, *part) for op in ops for part in _inserted(op, case.joint.ops, case.before)]
 
-        def looked_at(inserted: tuple[int, tuple[Integers, Booleans]]) -> _Case:
-            number, (ops, before) = inserted
-            joint = jointly(self._moments, ops, self._budget, before, integer=integer)
-            return _Case(max(case.bound, joint.seconds), number, joint, before)
+        def looked_at(part: tuple[int, Integers, Booleans]) -> Joint:
+            return jointly(self._moments, part[1], self._budget, part[2], integer=integer)
 
-        return list(solvers.map(looked_at, enumerate(_inserted(op, case.joint.ops, case.before), self._count)))
+        for (op, _, before), joint in zip(parts, solvers.map(looked_at, parts), strict=True):
+            number = self._count + len(found[op])
+            found[op].append(_Case(max(case.bound, joint.seconds), number, joint, before))
+        return found
 
     def sequences(self) -> Iterator[Integers]:
         """The orders, in the case with the lowest bound, in which what it does not keep is made again."""

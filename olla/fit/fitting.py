@@ -263,7 +263,11 @@ class Fitting:
                 raise
 
     def _smallest(self, deadline: float) -> int:
-        """About the smallest budget that can be reached, by bisection and a walk; it is the same whatever was asked."""
+        """About the smallest budget that can be reached, by bisection and a walk.
+
+        Unless time is over, it is the same whatever was asked before, so who then asks for it gets it.
+        """
+        asked, self._found = self._found, []
         low, high = self._floor - 1, self._start.peak_bytes  # what is too small, and what is not
         middle = self._floor if self._can_spill else (low + high) // 2
         while high - low > max(1, _CLOSE * high) and time.perf_counter() < deadline:
@@ -278,8 +282,8 @@ class Fitting:
             if at.peak <= self._floor or time.perf_counter() > deadline:
                 break
             at = min(self._neighbour(at.sequence, at.peak - 1, draw), at, key=_peak)
-        self._found.append(at)
-        return self._least
+        self._found += [*asked, at]
+        return self._least if time.perf_counter() > deadline else at.peak
 
     @property
     def _least(self) -> int:

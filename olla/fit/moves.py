@@ -15,7 +15,7 @@ from olla.fit.program import READS, Booleans, Floats, Program
 from olla.fit.repair import DEPTHS, chain_of, excess_of, states, waiting
 from olla.order.problem import Integers
 
-__all__ = ["changed", "cleared", "moved", "reordered"]
+__all__ = ["changed", "cleared", "moved"]
 
 _ANOTHER = 0.1  # of all changes: a repeat more, instead of fewer
 _NEARBY = 30  # ops, in the sequence or in program order, whose repeats go together
@@ -37,7 +37,7 @@ def cleared(program: Program, sequence: Integers, budget: int, draw: np.random.G
     """The sequence after moves, drawn at random, of what exceeds the budget, until nothing does, or too many fail."""
     side = draw.choice([-1, 1], size=_ATTEMPTS)
     begin, end = side * _distances(draw, _ATTEMPTS), -side * (_distances(draw, _ATTEMPTS) - 1)
-    return reordered(program, sequence, budget, draw.random(_ATTEMPTS), begin, end)
+    return _reordered(program, sequence, budget, draw.random(_ATTEMPTS), begin, end)
 
 
 def _distances(draw: np.random.Generator, count: int) -> Integers:
@@ -72,7 +72,7 @@ def _with_another(program: Program, sequence: Integers, seconds: Floats, draw: n
 
 
 @njit(cache=True, nogil=True)
-def reordered(
+def _reordered(
     program: Program, sequence: Integers, budget: int, where: Floats, begin: Integers, end: Integers
 ) -> Integers:
     """The sequence after moves that leave no more byte-steps above the budget than there were.

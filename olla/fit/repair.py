@@ -100,8 +100,9 @@ def _chains(
     goals = np.flatnonzero(goal_of)
     goal_of[goals] = np.arange(len(goals))
     versions, waits = states(program, sequence, goals)
+    least = _WORTH * relief.max()
     for i in range(len(storages)):
-        if relief[storages[i]] < _WORTH * relief.max():
+        if relief[storages[i]] < least:
             continue
         goal = goal_of[after[i]]
         length = 0
