@@ -60,9 +60,12 @@ log = logging.getLogger(__name__)
 
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 0.18  # of the time limit; steps of thousands of ops need that,
-_FITTING_AGAIN = 0.15  # and, from what is known, less; with two of these, all fits have less than half
-_FASTER = 0.95  # is worth running in another order
+# Of the time limit:
+_FITTING = 0.15  # steps of thousands of ops need that,
+_FITTING_AGAIN = 0.125  # from what is known, less,
+_FITTINGS = 0.45  # and not more than all of that together;
+_BOUNDING = 0.05  # then, and for a bound alone
+_FASTER = 0.98  # of the extra time is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
 
@@ -218,7 +221,7 @@ def with_workspaces(
 
 def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options, reorder: bool) -> Plan:
     """The plan of a step that was recorded, for what its graph has turned out to be, or a better one."""
-    found = closest(graph, seconds, options, plan.schedule)
+    found = closest(graph, seconds, options, plan.schedule, improve=reorder)
     if not reorder or not _is_better(graph, found, plan, seconds, options):
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
@@ -453,7 +456,9 @@ def _is_best(plan: Plan, options: Options) -> bool:
     return options.solver is None and plan.status == "optimal" and is_dense and is_free
 
 
-def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None) -> Schedule:
+def _ordered(
+    graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None, improve: bool = True
+) -> Schedule:
     """The order that the options ask for; within a budget, ``known`` is where the search begins, too."""
     limit = options.time_limit
     if not options.reorder:
@@ -469,9 +474,11 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Sc
     budget, persistent = budget_of(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
-            limit *= _FITTING if known is None else _FITTING_AGAIN
+            limit = _fitting_seconds(limit, known, improve)
             room, bandwidth = max(0, budget - persistent), _bandwidth(options)
-            return fitted(graph, found, seconds, room, bandwidth=bandwidth, known=known, time_limit=limit)
+            return fitted(
+                graph, found, seconds, room, bandwidth=bandwidth, known=known, improve=improve, time_limit=limit
+            )
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"the step does not fit into {budget:,} bytes, of which {persistent:,} live across steps: {error}; "
@@ -479,6 +486,14 @@ def _ordered(graph: Graph, seconds: Sequence[float], options: Options, known: Sc
                 lower_bound_bytes=persistent + error.lower_bound_bytes,
                 best_bytes=persistent + error.best_bytes,
             ) from error
+
+
+def _fitting_seconds(limit: float, known: Schedule | None, improve: bool) -> float:
+    """What a fit may take, by the time limit, and by what was spent on the same step before."""
+    if known is None:
+        return limit * _FITTING
+    left = min(limit * _FITTING_AGAIN, limit * _FITTINGS - known.seconds) if improve else 0.0
+    return max(limit * _BOUNDING, left)
 
 
 def _bandwidth(options: Options) -> Bandwidth | None:
@@ -496,13 +511,15 @@ def exceeds_budget(graph: Graph, peak: int, options: Options) -> bool:
     return options.memory_budget is not None and graph.persistent_bytes + peak > budget_of(graph, options)
 
 
-def closest(graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None) -> Schedule:
+def closest(
+    graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None, *, improve: bool = True
+) -> Schedule:
     """What keeps to the budget, if there is one, or comes closest to it: training that has begun goes on."""
     try:
-        return _ordered(graph, seconds, options, known)
+        return _ordered(graph, seconds, options, known, improve)
     except InfeasibleError as error:
         log.warning("%s, and is kept instead", error)
-        return _ordered(graph, seconds, replace(options, memory_budget=error.best_bytes), known)
+        return _ordered(graph, seconds, replace(options, memory_budget=error.best_bytes), known, improve)
 
 
 def _placed(graph: Graph, plan: Plan, options: Options) -> Plan:

@@ -66,7 +66,7 @@ class JointTest(unittest.TestCase):
             for _ in range(6):
                 with self.subTest(graph=graph):
                     self.assertLessEqual(cases.bound, expected + 1e-4)
-                if not cases.divide():
+                if not cases.refine():
                     break
                 divided += 1
             higher += cases.bound > before + 0.5

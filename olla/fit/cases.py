@@ -5,15 +5,15 @@ once, or late. If neither fits beside what is best kept otherwise, a bound for b
 apart. So the case with the lowest bound is divided: of its moments, and one more, at which what is kept by then needs
 too much, all orders are looked at (``joint.py``), each for itself. The lowest bound of all cases holds for every order.
 That moment is one at which most is in memory, or one that raises the bound at once: which ones do is not seen from the
-bytes, but quickly tried out by linear programs, as in the *strong branching* of integer programming.
+bytes, but quickly tried out by linear programs, as in the *strong branching* of integer programming. Of the cases that
+come of it, the one whose bound is the lowest is then solved in integers, which tells more, but takes longer.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +26,9 @@ from olla.order.problem import Integers
 
 __all__ = ["Cases"]
 
-_AT_A_TIME = 2  # small integer programs
-_LOOKED_AT = 12  # linear programs
-_HINT = 2e-4  # of all seconds: what another moment than the fullest one must raise these by,
-_WORTH = 1e-3  # and the bound
+_AT_A_TIME = 2  # programs
+_LOOKED_AT = 12  # linear ones
+_HINT = 2e-4  # of all seconds: what another moment than the fullest one must raise these by
 
 
 class _Case(NamedTuple):
@@ -39,76 +38,73 @@ class _Case(NamedTuple):
     number: int  # to tell cases with equal bounds apart
     joint: Joint
     before: Booleans  # what comes before each op, a row for each
+    is_relaxed: bool
 
 
 class Cases:
     """All sequences within a budget, at first together; ``moment`` is the dearest one, ``orders`` what was found."""
 
-    def __init__(
-        self,
-        moments: Moments,
-        orders: Sequence[Integers],
-        budget_bytes: int,
-        moment: Kept,
-        before: Booleans | None = None,
-    ) -> None:
+    def __init__(self, moments: Moments, orders: Sequence[Integers], budget_bytes: int, moment: Kept) -> None:
         self._moments, self._orders, self._budget = moments, orders, budget_bytes
         joint = Joint(np.array([moment.op]), moment.seconds, moment.contents[None], moment.loaded[None])
-        self._cases = [_Case(joint.seconds, 0, joint, moments.before if before is None else before)]  # a heap
-        self._count = 1
-
-    @classmethod
-    def of_order(cls, moments: Moments, order: Integers, budget_bytes: int, moment: Kept) -> Cases:
-        """Those whose ops run for the first time in this order: there is one case, however often it is divided."""
-        place = np.argsort(completed(moments.program, order)[0])
-        return cls(moments, [order], budget_bytes, moment, place[None, :] < place[:, None])
+        self._cases = [_Case(joint.seconds, 0, joint, moments.before, is_relaxed=False)]
+        self._numbers = count(1)
 
     @property
     def bound(self) -> float:
         """Seconds that every sequence adds, at least."""
-        return self._cases[0].bound
+        return self._lowest.bound
 
-    def divide(self) -> bool:
-        """Divide the case with the lowest bound, by one more moment; False: what it keeps, if it was found, fits."""
-        case, ops = self._cases[0], self._exceeding()
-        if not ops:
-            return False
+    @property
+    def _lowest(self) -> _Case:
+        return min(self._cases)
+
+    def refine(self) -> bool:
+        """Look closer at the case with the lowest bound; False: what it keeps, if it was found, fits."""
+        if self._lowest.is_relaxed:
+            self._tighten()
+            return True
+        ops = self._exceeding()
+        if ops:
+            self._divide(ops)
+        return bool(ops)
+
+    def _tighten(self) -> None:
+        """Have the relaxed cases with the lowest bounds solved in integers."""
+        relaxed = sorted(case for case in self._cases if case.is_relaxed)[:_AT_A_TIME]
+        joints = self._joints([(case.joint.ops, case.before) for case in relaxed])
+        for case, joint in zip(relaxed, joints, strict=True):
+            known = joint if len(joint.contents) else case.joint
+            self._cases.remove(case)
+            self._cases.append(_Case(max(case.bound, joint.seconds), case.number, known, case.before, is_relaxed=False))
+
+    def _divide(self, ops: list[int]) -> None:
+        """Divide the case with the lowest bound by one more moment, the first run of one of ``ops``."""
+        case = self._lowest
         programs = np.cumsum([len(range(*_places(op, case.joint.ops, case.before))) for op in ops])
         looked_at = ops[: max(1, int(np.searchsorted(programs, _LOOKED_AT, side="right")))]
-        seconds = float(self._moments.of_op.sum())
+        parts = [(op, *part) for op in looked_at for part in _inserted(op, case.joint.ops, case.before)]
+        found = {op: list[_Case]() for op in looked_at}
+        for (op, _, before), joint in zip(
+            parts, self._joints([part[1:] for part in parts], integer=False), strict=True
+        ):
+            found[op].append(_Case(max(case.bound, joint.seconds), next(self._numbers), joint, before, is_relaxed=True))
+        bounds = {op: min(part.joint.seconds for part in division) for op, division in found.items()}
+        promising = max(looked_at, key=bounds.__getitem__)
+        is_hint = bounds[promising] - min(bounds.values()) > _HINT * float(self._moments.of_op.sum())
+        self._cases.remove(case)
+        self._cases += found[promising if is_hint else ops[0]]
+
+    def _joints(self, parts: Sequence[tuple[Integers, Booleans]], *, integer: bool = True) -> Iterator[Joint]:
+        """What is best kept at some ops, for each relation of what is before what."""
         with ThreadPoolExecutor(_AT_A_TIME) as solvers:
-            relaxed = self._divisions(looked_at, solvers, integer=False)
-            bounds = {op: _lowest(division) for op, division in relaxed.items()}
-            promising = max(looked_at, key=bounds.__getitem__)
-            is_hint = bounds[promising] - min(bounds.values()) > _HINT * seconds
-            op = promising if is_hint else ops[0]
-            chosen = self._divisions([op], solvers)[op]
-            if op != ops[0] and _lowest(chosen) - case.bound <= _WORTH * seconds:
-                chosen = self._divisions(ops[:1], solvers)[ops[0]]
-        heapq.heappop(self._cases)
-        for part in chosen:
-            heapq.heappush(self._cases, part)
-        self._count += len(chosen)
-        return True
+            yield from solvers.map(lambda p: jointly(self._moments, p[0], self._budget, p[1], integer=integer), parts)
 
-    def _divisions(self, ops: list[int], solvers: Executor, *, integer: bool = True) -> dict[int, list[_Case]]:
-        """The case with the lowest bound, divided by the first run of each of ``ops``."""
-        case, found = self._cases[0], {op: list[_Case]() for op in ops}
-        parts = [(op, *part) for op in ops for part in _inserted(op, case.joint.ops, case.before)]
-
-        def looked_at(part: tuple[int, Integers, Booleans]) -> Joint:
-            return jointly(self._moments, part[1], self._budget, part[2], integer=integer)
-
-        for (op, _, before), joint in zip(parts, solvers.map(looked_at, parts), strict=True):
-            number = self._count + len(found[op])
-            found[op].append(_Case(max(case.bound, joint.seconds), number, joint, before))
-        return found
-
-    def sequences(self) -> Iterator[Integers]:
+    def _sequences(self) -> Iterator[Integers]:
         """The orders, in the case with the lowest bound, in which what it does not keep is made again."""
-        program, joint = self._moments.program, self._cases[0].joint
+        program, joint = self._moments.program, self._lowest.joint
         for known in self._orders if len(joint.contents) else ():
-            order = _obeying(known, self._cases[0].before)
+            order = _obeying(known, self._lowest.before)
             place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
             sequence = unrolled(program, order, place[joint.ops], joint.contents, joint.loaded)
             if len(sequence):
@@ -117,19 +113,15 @@ class Cases:
     def _exceeding(self) -> list[int]:
         """Ops whose first runs exceed the budget, and those right before and after, in these sequences; most first."""
         program, excess = self._moments.program, np.zeros(self._moments.program.loads, np.int64)
-        for sequence in self.sequences():
+        for sequence in self._sequences():
             whole, _ = completed(program, sequence)
             first = np.sort(np.unique(whole, return_index=True)[1])
             first = first[whole[first] < program.loads]
             live = simulated(program, whole)[1][first]
             is_peak = (live >= np.append(live[1:], 0)) & (live > np.append(0, live[:-1]))
             np.maximum.at(excess, whole[first], np.where(is_peak, live - self._budget, 0))
-        excess[[*self._cases[0].joint.ops, *program.late]] = 0
+        excess[[*self._lowest.joint.ops, *program.late]] = 0
         return [int(op) for op in np.argsort(-excess, kind="stable") if excess[op] > 0]
-
-
-def _lowest(division: list[_Case]) -> float:
-    return min(case.joint.seconds for case in division)
 
 
 def _inserted(op: int, ops: Integers, before: Booleans) -> Iterator[tuple[Integers, Booleans]]:

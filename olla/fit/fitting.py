@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import cycle, product
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +40,7 @@ _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
 _STARTING = 1 / 3  # of the time, for starts, once one of them fits
 _MOMENTS = 24  # that are looked at
-_WALKING = 0.4  # of the time that is left then, for the walks after a bound is raised
-_DIVISIONS = 4  # of the case with the lowest bound
+_WALKING = 0.6  # of the time that is left then, for the walks after a bound is raised
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
 _MANY = 1_500  # ops, for programs of several moments to stay small
 _CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
@@ -63,6 +62,7 @@ def fitted(
     *,
     bandwidth: Bandwidth | None = None,
     known: Schedule | None = None,
+    improve: bool = True,
     time_limit: float = 30.0,
 ) -> Schedule:
     """A sequence of the ops of ``graph`` whose peak is at most ``budget_bytes``, at little extra time.
@@ -81,6 +81,8 @@ def fitted(
         Between the device and where storages are spilled to. None: nothing is spilled.
     known
         What was found before, for other seconds or sizes, say: it is repaired, too.
+    improve
+        False: time goes to the bound alone, once something fits.
     time_limit
         Seconds after which the best sequence so far is returned.
 
@@ -96,7 +98,7 @@ def fitted(
         that time was over.
     """
     work = Fitting(graph, start, seconds, bandwidth=bandwidth, known=known)
-    return work.within(budget_bytes, time_limit=time_limit)
+    return work.within(budget_bytes, improve=improve, time_limit=time_limit)
 
 
 class Found(NamedTuple):
@@ -134,7 +136,7 @@ class Fitting:
         self._found: list[Found] = []
         _compile()
 
-    def within(self, budget_bytes: int, *, time_limit: float = 30.0) -> Schedule:
+    def within(self, budget_bytes: int, *, improve: bool = True, time_limit: float = 30.0) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
         started = time.perf_counter()
         deadline = started + time_limit
@@ -145,7 +147,7 @@ class Fitting:
             enough = started + _STARTING * time_limit
             for fits in self._attempts(budget_bytes, moment):
                 is_over = time.perf_counter() > (enough if fits else deadline)
-                if is_over or self._is_settled(budget_bytes, moment.seconds):
+                if is_over or (fits and not improve) or self._is_settled(budget_bytes, moment.seconds):
                     break
         if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
             pinned = f"{self._pinned} needs {self._floor:,}"
@@ -156,7 +158,7 @@ class Fitting:
                 lower_bound_bytes=self._floor,
                 best_bytes=least,
             )
-        bound = self._search(budget_bytes, moment, deadline)
+        bound = self._search(budget_bytes, moment, improve, deadline)
         extra, peak, sequence = self._cheapest(budget_bytes)
         order, spills = spilled(self._program, completed(self._program, sequence)[0])
         exact = peak_bytes(self._graph, order, spills)
@@ -207,34 +209,24 @@ class Fitting:
         if self._can_spill and (spills := belady(self._graph, self._start.order, budget_bytes)):
             yield with_loads(self._program, self._start.order, spills)
 
-    def _search(self, budget_bytes: int, moment: Kept, deadline: float) -> float:
+    def _search(self, budget_bytes: int, moment: Kept, improve: bool, deadline: float) -> float:
         """Improve the cheapest sequence and raise the bound in turn, until they meet, nearly; returns the bound."""
         cases = Cases(self._moments, self._orders, budget_bytes, moment)
 
-        def is_open() -> bool:
-            return self._cheapest(budget_bytes).extra > cases.bound + _OPEN * self._once
+        def is_open(deadline: float = deadline) -> bool:
+            is_far = self._cheapest(budget_bytes).extra > cases.bound + _OPEN * self._once
+            return is_far and time.perf_counter() < deadline
 
-        self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
-        if is_open() and self._program.loads <= _MANY:
-            middle = deadline - _WALKING * (deadline - time.perf_counter())
-            for order in () if self._known else self._orders:  # what is known began there
-                self._start_in(order, budget_bytes, moment, middle)
-            for _ in range(_DIVISIONS):
-                if not is_open() or time.perf_counter() > middle or not cases.divide():
-                    break
-        if is_open():
+        if improve:
+            self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
+        if self._program.loads <= _MANY:
+            middle = deadline - improve * _WALKING * (deadline - time.perf_counter())
+            while is_open(middle) and cases.refine():
+                pass
+        if improve and is_open():
             trials = min(_MORE_TRIALS, _TRIALS_PER_OP * self._program.loads)
             self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, trials, deadline)
         return cases.bound
-
-    def _start_in(self, order: Integers, budget_bytes: int, moment: Kept, deadline: float) -> None:
-        """Repair what is best kept at more and more moments of a known order."""
-        case = Cases.of_order(self._moments, order, budget_bytes, moment)
-        for _ in range(_DIVISIONS):
-            if time.perf_counter() > deadline or not case.divide():
-                break
-            for sequence, power in product(case.sequences(), _POWERS):
-                self._repair(sequence, budget_bytes, power)
 
     def _improve(self, starts: Sequence[Found], budget_bytes: int, bound: float, trials: int, deadline: float) -> None:
         """Walk from the first of ``starts`` at the same time, or several times from one, and keep what is found."""

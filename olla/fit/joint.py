@@ -46,7 +46,7 @@ def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans, *, i
     """The best choice at the first runs of ``ops``, each of which must precede the next one.
 
     The bound holds for every order in which what is ``before`` an op, in the row of that, comes before it. Without
-    ``integer`` it is lower, found sooner, and comes without a choice.
+    ``integer`` it is lower, found sooner, and the choice is that of a linear program, rounded.
     """
     program, of_op = moments.program, moments.of_op
     number, makers, contents, count = len(ops), len(of_op), len(moments.storage), len(ops) + 1
@@ -120,7 +120,7 @@ def jointly(moments: Moments, ops: Integers, budget: int, before: Booleans, *, i
         return Joint(ops, np.inf, left[:0], left[:0])
     bound = found.mip_dual_bound if integer else found.fun
     seconds = 0.0 if bound is None or not np.isfinite(bound) else max(0.0, bound * unit - free)
-    if found.x is None or not integer:
+    if found.x is None:
         return Joint(ops, seconds, left[:0], left[:0])
     chosen = found.x > 1 / 2
     return Joint(ops, seconds, chosen[kept] | left, chosen[loads])
