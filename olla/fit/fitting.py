@@ -40,7 +40,7 @@ _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
 _STARTING = 1 / 3  # of the time, for starts, once one of them fits
 _MOMENTS = 24  # that are looked at
-_WALKING = 0.6  # of the time that is left then, for the walks after a bound is raised
+_WALKING = 0.5  # of the time that is left then, for the walks after a bound is raised
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
 _MANY = 1_500  # ops, for programs of several moments to stay small
 _CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
@@ -49,7 +49,7 @@ _TRIALS = 150  # to improve a sequence
 _MORE_TRIALS = 3_000  # if it is not close to the bound then, but no more than
 _TRIALS_PER_OP = 10  # of the step
 _WALKS = 2  # at a time
-_HEAT = 1e-3  # of all seconds: what a trial may lose in the beginning
+_HEAT = 2e-3  # of all seconds: what a trial may lose in the beginning
 _WASTE = 0.005  # of all seconds: what repeats that turn out to be needless take, at most, as a rule
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
 
