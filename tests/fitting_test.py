@@ -11,6 +11,7 @@ import unittest
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from fit_form_test import chain, least_bytes
@@ -293,6 +294,20 @@ class FittingTest(unittest.TestCase):
             spilling += bool(found.spills)
         self.assertGreaterEqual(optimal, CASES)
         self.assertGreaterEqual(spilling, 2 * CASES // 5)
+
+    def test_what_is_known_gets_its_bound_and_is_not_improved(self) -> None:
+        graph = training(24, in_place=True)
+        start, seconds = olla.schedule(graph), [1.0] * len(graph.ops)
+        budget = start.peak_bytes * 3 // 5
+        best, dear = fitted(graph, start, seconds, budget), fitted(graph, start, seconds, budget * 3 // 4)
+        self.assertGreater(dear.extra_seconds, best.extra_seconds)
+        with mock.patch.object(Fitting, "_improve", side_effect=AssertionError):
+            found = fitted(graph, start, seconds, budget, known=dear, improve=False)
+        verify(graph, Plan.of(graph, found))
+        self.assertLessEqual(found.peak_bytes, budget)
+        self.assertGreater(found.extra_seconds, best.extra_seconds)
+        self.assertLessEqual(found.extra_seconds_lower_bound, best.extra_seconds)
+        self.assertGreaterEqual(found.extra_seconds_lower_bound, best.extra_seconds_lower_bound)
 
     def test_the_bound_of_a_chain_is_close(self) -> None:
         graph = training(24, in_place=True)
