@@ -225,7 +225,7 @@ def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options,
         if reorder and options.memory_budget is not None:  # the plan stays: more time for its bound
             again = closest(graph, seconds, options, plan.schedule, improve=False)
             least = max(found.extra_seconds_lower_bound, again.extra_seconds_lower_bound)
-            found = replace(found, extra_seconds_lower_bound=least)
+            found = replace(found, extra_seconds_lower_bound=least, seconds=found.seconds + again.seconds)
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
         if exceeds_budget(graph, peak, options):
