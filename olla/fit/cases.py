@@ -28,7 +28,7 @@ __all__ = ["Cases"]
 
 _AT_A_TIME = 2  # programs
 _LOOKED_AT = 12  # linear ones
-_HINT = 2e-4  # of all seconds: what another moment than the fullest one must raise these by
+_HINT = 4e-4  # of all seconds: what another moment than the fullest one must raise these by
 
 
 class _Case(NamedTuple):
