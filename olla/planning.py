@@ -61,8 +61,9 @@ log = logging.getLogger(__name__)
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
 # Of the time limit:
-_FITTING = 0.115  # steps of thousands of ops need that,
-_FITTINGS = 0.345  # and not more than that together;
+_FITTING = 0.18  # to find what fits at all may need that,
+_FITTING_AGAIN = 0.115  # from what is known, less,
+_FITTINGS = 0.41  # and not more than that together;
 _BOUNDING = 0.07  # then, and for a bound alone
 _FASTER = 0.99  # of the extra time is worth running in another order
 OUTSIDE = -1  # instead of an offset
@@ -493,8 +494,10 @@ def _ordered(
 
 def _fitting_seconds(limit: float, known: Schedule | None, improve: bool) -> float:
     """What a fit may take, by the time limit, and by what was spent on the same step before."""
-    left = limit * _FITTINGS - known.seconds if known else limit
-    return max(limit * _BOUNDING, min(limit * _FITTING, left if improve else 0.0))
+    if known is None:
+        return limit * _FITTING
+    left = limit * _FITTINGS - known.seconds if improve else 0.0
+    return max(limit * _BOUNDING, min(limit * _FITTING_AGAIN, left))
 
 
 def _bandwidth(options: Options) -> Bandwidth | None:
