@@ -60,12 +60,11 @@ log = logging.getLogger(__name__)
 
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-# Of the time limit:
-_FITTING = 0.18  # to find what fits at all may need that,
+_FITTING = 0.18  # of the time limit: to find what fits at all may need that;
 _FITTING_AGAIN = 0.115  # from what is known, less,
-_FITTINGS = 0.41  # and not more than that together;
-_BOUNDING = 0.07  # then, and for a bound alone
-_FASTER = 0.99  # of the extra time is worth running in another order
+_FITTINGS = 0.41  # and all fits of a step not more than that;
+_BOUNDING = 0.07  # but at least that, which a bound alone has, too
+_FASTER = 0.99  # of the extra time: what takes less than that is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
 
@@ -223,14 +222,14 @@ def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options,
     """The plan of a step that was recorded, for what its graph has turned out to be, or a better one."""
     found = closest(graph, seconds, options, plan.schedule, improve=reorder)
     if not reorder or not _is_better(graph, found, plan, seconds, options):
-        if reorder and options.memory_budget is not None:  # the plan stays: more time for its bound
-            again = closest(graph, seconds, options, plan.schedule, improve=False)
-            least = max(found.extra_seconds_lower_bound, again.extra_seconds_lower_bound)
-            found = replace(found, extra_seconds_lower_bound=least, seconds=found.seconds + again.seconds)
         peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
         if exceeds_budget(graph, peak, options):
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
+        elif reorder and options.memory_budget is not None:  # the plan stays: more time for its bound
+            again = closest(graph, seconds, options, plan.schedule, improve=False)
+            least = max(found.extra_seconds_lower_bound, again.extra_seconds_lower_bound)
+            found = replace(found, extra_seconds_lower_bound=least, seconds=found.seconds + again.seconds)
         found = replace(
             found,
             order=plan.order,
