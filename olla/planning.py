@@ -62,8 +62,9 @@ ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not 
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
 _FITTING = 0.18  # of the time limit: to find what fits at all may need that;
 _FITTING_AGAIN = 0.115  # from what is known, less,
-_FITTINGS = 0.41  # and all fits of a step not more than that;
-_BOUNDING = 0.07  # but at least that, which a bound alone has, too
+_BOUNDING = 0.07  # and for a bound alone;
+_FITTINGS = 0.46  # all fits of a step may take that,
+_LATE = 0.01  # and each one after that, a moment
 _FASTER = 0.99  # of the extra time: what takes less than that is worth running in another order
 OUTSIDE = -1  # instead of an offset
 
@@ -227,7 +228,8 @@ def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options,
         if exceeds_budget(graph, peak, options):
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
         elif reorder and options.memory_budget is not None:  # the plan stays: more time for its bound
-            again = closest(graph, seconds, options, plan.schedule, improve=False)
+            spent = found.seconds + plan.seconds
+            again = closest(graph, seconds, options, replace(plan.schedule, seconds=spent), improve=False)
             least = max(found.extra_seconds_lower_bound, again.extra_seconds_lower_bound)
             found = replace(found, extra_seconds_lower_bound=least, seconds=found.seconds + again.seconds)
         found = replace(
@@ -495,8 +497,8 @@ def _fitting_seconds(limit: float, known: Schedule | None, improve: bool) -> flo
     """What a fit may take, by the time limit, and by what was spent on the same step before."""
     if known is None:
         return limit * _FITTING
-    left = limit * _FITTINGS - known.seconds if improve else 0.0
-    return max(limit * _BOUNDING, min(limit * _FITTING_AGAIN, left))
+    share, left = _FITTING_AGAIN if improve else _BOUNDING, limit * _FITTINGS - known.seconds
+    return max(limit * _LATE, min(limit * share, left))
 
 
 def _bandwidth(options: Options) -> Bandwidth | None:
