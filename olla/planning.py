@@ -60,10 +60,11 @@ log = logging.getLogger(__name__)
 
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 0.18  # of the time limit: to find what fits at all may need that;
-_FITTING_AGAIN = 0.115  # from what is known, less,
-_BOUNDING = 0.07  # and for a bound alone;
-_FITTINGS = 0.46  # all fits of a step may take that,
+_FITTING = 0.09  # of the time limit, since ops are not measured yet;
+_FITTING_AGAIN = 0.13  # then, as often as fits took less
+_FITTED = 0.29  # than that; then a plan that fits stays,
+_BOUNDING = 0.1  # and only its bound is raised;
+_FITTINGS = 0.47  # all fits of a step may take that,
 _LATE = 0.01  # and each one after that, a moment
 _FASTER = 0.99  # of the extra time: what takes less than that is worth running in another order
 OUTSIDE = -1  # instead of an offset
@@ -221,13 +222,15 @@ def with_workspaces(
 
 def _again(graph: Graph, plan: Plan, seconds: Sequence[float], options: Options, reorder: bool) -> Plan:
     """The plan of a step that was recorded, for what its graph has turned out to be, or a better one."""
+    peak, limit = peak_bytes(graph, plan.order, plan.spills), options.time_limit
+    has_budget, is_over = options.memory_budget is not None, exceeds_budget(graph, peak, options)
+    reorder = reorder and (is_over or not has_budget or plan.seconds < limit * _FITTED)
     found = closest(graph, seconds, options, plan.schedule, improve=reorder)
     if not reorder or not _is_better(graph, found, plan, seconds, options):
-        peak = peak_bytes(graph, plan.order, plan.spills)
         extra = _extra_seconds(graph, plan, seconds, options)
-        if exceeds_budget(graph, peak, options):
+        if is_over:
             log.warning("the step needs %s bytes, more than its budget", f"{graph.persistent_bytes + peak:,}")
-        elif reorder and options.memory_budget is not None:  # the plan stays: more time for its bound
+        elif reorder and has_budget:  # the plan stays: more time for its bound
             spent = found.seconds + plan.seconds
             again = closest(graph, seconds, options, replace(plan.schedule, seconds=spent), improve=False)
             least = max(found.extra_seconds_lower_bound, again.extra_seconds_lower_bound)

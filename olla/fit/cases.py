@@ -21,7 +21,6 @@ import numpy as np
 from olla.fit.joint import Joint, jointly
 from olla.fit.moment import Kept, Moments
 from olla.fit.program import Booleans, completed, simulated
-from olla.fit.repair import unrolled
 from olla.order.problem import Integers
 
 __all__ = ["Cases"]
@@ -100,20 +99,23 @@ class Cases:
         with ThreadPoolExecutor(_AT_A_TIME) as solvers:
             yield from solvers.map(lambda p: jointly(self._moments, p[0], self._budget, p[1], integer=integer), parts)
 
-    def _sequences(self) -> Iterator[Integers]:
-        """The orders, in the case with the lowest bound, in which what it does not keep is made again."""
-        program, joint = self._moments.program, self._lowest.joint
-        for known in self._orders if len(joint.contents) else ():
-            order = _obeying(known, self._lowest.before)
-            place = np.argsort(np.concatenate([order, np.setdiff1d(np.arange(program.loads), order)]))
-            sequence = unrolled(program, order, place[joint.ops], joint.contents, joint.loaded)
+    def sequences(self, *, spare: bool = True) -> Iterator[Integers]:
+        """The orders, in the case with the lowest bound, in which what it does not keep is made again; none if relaxed.
+
+        With ``spare``, not what it leaves open: see :meth:`Moments.unrolled`.
+        """
+        _, _, joint, before, is_relaxed = self._lowest
+        for order in self._orders if len(joint.contents) and not is_relaxed else ():
+            sequence = self._moments.unrolled(
+                _obeying(order, before), joint.ops, joint.contents, joint.loaded, before if spare else None
+            )
             if len(sequence):
                 yield sequence
 
     def _exceeding(self) -> list[int]:
         """Ops whose first runs exceed the budget, and those right before and after, in these sequences; most first."""
         program, excess = self._moments.program, np.zeros(self._moments.program.loads, np.int64)
-        for sequence in self._sequences():
+        for sequence in self.sequences(spare=False):  # since that is what exceeds it
             whole, _ = completed(program, sequence)
             first = np.sort(np.unique(whole, return_index=True)[1])
             first = first[whole[first] < program.loads]

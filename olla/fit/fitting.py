@@ -38,7 +38,8 @@ __all__ = ["Fitting", "fitted"]
 
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
-_STARTING = 1 / 3  # of the time, for starts, once one of them fits
+_STARTING = 1 / 3  # of the time, for starts, once one of them fits; until then,
+_PATIENCE = 2  # times as much as there is
 _MOMENTS = 24  # that are looked at
 _WALKING = 0.6  # of the time that is left then, for the walks after a bound is raised
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
@@ -48,7 +49,8 @@ _SETTLED = 1e-3  # of all seconds: as good as the bound
 _TRIALS = 150  # to improve a sequence
 _MORE_TRIALS = 3_000  # if it is not close to the bound then, but no more than
 _TRIALS_PER_OP = 10  # of the step
-_WALKS = 2  # at a time
+_WALKS = 2  # at a time,
+_WORTH = 1.5  # from what takes so many times the extra time of the cheapest, at most
 _HEAT = 2e-3  # of all seconds: what a trial may lose in the beginning
 _WASTE = 0.005  # of all seconds: what repeats that turn out to be needless take, at most, as a rule
 _SMALLEST_SECONDS = 1e-7  # no chain is for nothing
@@ -84,7 +86,7 @@ def fitted(
     improve
         False: time goes to the bound alone, once something fits.
     time_limit
-        Seconds after which the best sequence so far is returned.
+        Seconds after which the best sequence so far is returned; where nothing fits by then, twice as many.
 
     Returns
     -------
@@ -139,19 +141,19 @@ class Fitting:
     def within(self, budget_bytes: int, *, improve: bool = True, time_limit: float = 30.0) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
         started = time.perf_counter()
-        deadline = started + time_limit
+        deadline, last = started + time_limit, started + _PATIENCE * time_limit
         if self._start.peak_bytes <= budget_bytes:
             return self._start
         if budget_bytes >= self._floor:
             moment = self._dearest(budget_bytes)
             enough = started + _STARTING * time_limit
             for fits in self._attempts(budget_bytes, moment):
-                is_over = time.perf_counter() > (enough if fits else deadline)
+                is_over = time.perf_counter() > (enough if fits else last)
                 if is_over or (fits and not improve) or self._is_settled(budget_bytes, moment.seconds):
                     break
-        if budget_bytes < self._least and budget_bytes < (least := self._smallest(deadline)):
+        if budget_bytes < self._least and budget_bytes < (least := self._smallest(last)):
             pinned = f"{self._pinned} needs {self._floor:,}"
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > last:
                 pinned += "; time was over, more may find less"
             raise InfeasibleError(
                 f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({pinned})",
@@ -202,8 +204,8 @@ class Fitting:
             if kept.seconds == np.inf:
                 break
             for order in self._orders:
-                place = int(np.flatnonzero(order == moment.op)[0])
-                sequence = unrolled(self._program, order, np.array([place]), kept.contents[None], kept.loaded[None])
+                op, before = np.array([moment.op]), self._moments.before
+                sequence = self._moments.unrolled(order, op, kept.contents[None], kept.loaded[None], before)
                 if len(sequence):
                     yield sequence
         if self._can_spill and (spills := belady(self._graph, self._start.order, budget_bytes)):
@@ -219,14 +221,26 @@ class Fitting:
 
         if improve:
             self._improve(self._cheapest_orders(budget_bytes), budget_bytes, cases.bound, _TRIALS, deadline)
+        starts = list[Integers]()
         if self._program.loads <= _MANY:
             middle = deadline - improve * _WALKING * (deadline - time.perf_counter())
             while is_open(middle) and cases.refine():
-                pass
+                starts += cases.sequences()
         if improve and is_open():
             trials = min(_MORE_TRIALS, _TRIALS_PER_OP * self._program.loads)
-            self._improve([self._cheapest(budget_bytes)], budget_bytes, cases.bound, trials, deadline)
+            found = [self._cheapest(budget_bytes), *self._elsewhere(starts, budget_bytes, deadline)]
+            self._improve(found, budget_bytes, cases.bound, trials, deadline)
         return cases.bound
+
+    def _elsewhere(self, sequences: Sequence[Integers], budget_bytes: int, deadline: float) -> list[Found]:
+        """What fits of the sequences, repaired, the cheapest first, unless a walk has no chance from there."""
+        draw, found = np.random.default_rng(0), list[Found]()
+        for sequence in sequences:
+            sequence = cleared(self._program, sequence, budget_bytes, draw)
+            for power in _POWERS if time.perf_counter() < deadline else ():
+                found.append(self._repaired(sequence, budget_bytes, power))
+        most = _WORTH * self._cheapest(budget_bytes).extra
+        return sorted((one for one in found if one.peak <= budget_bytes and one.extra <= most), key=_cost)
 
     def _improve(self, starts: Sequence[Found], budget_bytes: int, bound: float, trials: int, deadline: float) -> None:
         """Walk from the first of ``starts`` at the same time, or several times from one, and keep what is found."""

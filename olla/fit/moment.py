@@ -17,6 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from olla.fit.program import CREATES, LOADS, READS, Booleans, Floats, Program
+from olla.fit.repair import unrolled
 from olla.order.problem import Integers
 
 __all__ = ["Kept", "Moments"]
@@ -123,6 +124,24 @@ class Moments:
             if program.maker_start[storage] < program.maker_start[storage + 1]:
                 there[program.maker_start[storage] + program.version[k] - (program.kind[k] == READS)] = True
         return there, is_touched
+
+    def unrolled(
+        self, order: Integers, ops: Integers, contents: Booleans, loaded: Booleans, before: Booleans | None = None
+    ) -> Integers:
+        """The order in which what is not among the ``contents`` at each of ``ops`` is made again when it is needed.
+
+        What is best kept leaves out what is needed by ops that may have run already, if they need not come later. Given
+        what comes ``before`` each op, that is kept for those of them that come later in this order. Empty: what to keep
+        cannot be kept together.
+        """
+        place = np.full(self._count, len(order))
+        place[order] = np.arange(len(order))
+        kept = contents.copy()
+        if before is not None:
+            waits = (place[:, None] > place[ops]) & ~before[:, ops]
+            for row, is_waiting in zip(kept, waits.T, strict=True):
+                row[self.needed[is_waiting[self.reader]]] = True
+        return unrolled(self.program, order, place[ops], kept, loaded)
 
     def _wanted(self, after: Booleans) -> Booleans:
         """Contents that ops in ``after`` or the caller need, and others make."""
