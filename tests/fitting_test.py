@@ -22,6 +22,7 @@ import olla
 from olla import Graph, InfeasibleError, Op, Plan, Schedule, Storage
 from olla.fit.fitting import Fitting, fitted
 from olla.fit.frontier import frontier
+from olla.fit.moment import Moments
 from olla.fit.program import as_sequence, completed, program_of, simulated
 from olla.fit.repair import is_needed, peak_of, unrolled, uses_in
 from olla.fit.spill import Bandwidth
@@ -235,6 +236,22 @@ class FittingTest(unittest.TestCase):
             Op("update", reads=(1,), writes=(0,)),
         )
         self.assertEqual(self.unrolled_at(Graph(ops, storages, outputs=(4,)), 2), [0, 1, 2, 0, 3, 1])
+
+    def test_what_others_read_that_need_not_come_later_is_kept_for_them(self) -> None:
+        storages = tuple(Storage(name, 8) for name in "abcd")
+        ops = (
+            Op("make", creates=(0,)),
+            Op("moment", creates=(1,)),
+            Op("read", creates=(2,), reads=(0,)),
+            Op("join", creates=(3,), reads=(1, 2)),
+        )
+        depending = (ops[0], Op("moment", creates=(1,)), Op("read", creates=(2,), reads=(0, 1)), ops[3])
+        for ops_of_graph, spared in ((ops, [0, 1, 2, 3]), (depending, [0, 1, 0, 2, 3])):
+            moments = Moments(program_of(Graph(ops_of_graph, storages, outputs=(3,))), np.ones(8))
+            kept = (moments.program.maker == 1)[None]
+            asked = (np.arange(4), np.array([1]), kept, np.zeros_like(kept))
+            self.assertEqual(moments.unrolled(*asked).tolist(), [0, 1, 0, 2, 3])
+            self.assertEqual(moments.unrolled(*asked, moments.before).tolist(), spared)
 
     def unrolled_at(self, graph: Graph, place: int) -> list[int]:
         """Program order, without late ops, in which only what the op at a place makes is kept there; it is sound."""

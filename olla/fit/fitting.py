@@ -5,7 +5,7 @@ again right before it is needed. Such sequences, for that and for smaller budget
 greedily (``repair.py``) for several weights of time against bytes. The cheapest ones are improved, by moving some of
 their ops, leaving out some of their repeats, or putting in others (``moves.py``), and repairing them again, until one
 is as good as the bound. Where none is, the bound is raised, by telling apart what comes when (``cases.py``), and the
-cheapest one is improved once more.
+cheapest one is improved once more, along with one that keeps what is best kept at several moments.
 
 The problem is that of Checkmate (Jain et al., arXiv 1910.02653); the integer program in ``olla/ilp`` solves it exactly
 for small graphs.
