@@ -198,7 +198,7 @@ class Execution(Replaying):
             graph, plan = draft.lowered.graph, draft.plan
             is_too_large = offsets is not None and exceeds_budget(graph, plan.peak_bytes, self._options)
             if is_too_large and self._ranks.is_alone and restore_products(draft.lowered.nodes):
-                offsets, self._reorderings = None, min(self._reorderings, _REORDERINGS - 2)  # once more
+                offsets, self._reorderings = None, min(self._reorderings, _REORDERINGS - 2)  # again, once
             if offsets is None:
                 self._reorderings += 1
                 self._follow(draft, spiller)

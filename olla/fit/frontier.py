@@ -89,7 +89,7 @@ def frontier(
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / (2 * points)
     try:
-        least = work.within(0, time_limit=time_limit / 4).peak_bytes  # or twice as long
+        least = work.within(0, time_limit=time_limit / 4).peak_bytes  # twice as long, at most
     except InfeasibleError as error:
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
