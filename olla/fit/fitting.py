@@ -39,7 +39,7 @@ __all__ = ["Fitting", "fitted"]
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
 _STARTING = 1 / 3  # of the time, for starts, once one of them fits; until then,
-_PATIENCE = 2  # times as much as there is
+_PATIENCE = 4  # times as much as there is
 _MOMENTS = 24  # that are looked at
 _WALKING = 0.6  # of the time that is left then, for the walks after a bound is raised
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
@@ -86,7 +86,7 @@ def fitted(
     improve
         False: time goes to the bound alone, once something fits.
     time_limit
-        Seconds after which the best sequence so far is returned; where nothing fits by then, twice as many.
+        Seconds after which the best sequence so far is returned; where nothing fits by then, four times as many.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +89,16 @@ def frontier(
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / (2 * points)
     try:
-        least = work.within(0, time_limit=time_limit / 4).peak_bytes  # twice as long, at most
+        least = work.within(0, time_limit=time_limit / 8).peak_bytes  # four times as long, at most
     except InfeasibleError as error:
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
-    found = [work.within(budget, time_limit=limit) for budget in sorted({*budgets, start.peak_bytes}, reverse=True)]
-    return Frontier.of(graph, list(_falling(found)), seconds)
+    # What fits a smaller budget fits a larger one, too, so none of these takes more extra time than those before it.
+    found = [work.within(budget, time_limit=limit) for budget in sorted({*budgets, start.peak_bytes})]
+    return Frontier.of(graph, list(_falling(reversed(found))), seconds)
 
 
-def _falling(found: Sequence[Schedule]) -> Iterator[Schedule]:
+def _falling(found: Iterable[Schedule]) -> Iterator[Schedule]:
     """Those with a smaller peak than all before."""
     least = None
     for one in found:
