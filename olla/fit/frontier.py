@@ -89,7 +89,8 @@ def frontier(
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / (2 * points)
     try:
-        least = work.within(0, time_limit=time_limit / 8).peak_bytes  # four times as long, at most
+        # A quarter of the time, at most, so that who then asks for that budget has as much to find it.
+        least = work.within(0, time_limit=time_limit / 16).peak_bytes
     except InfeasibleError as error:
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
