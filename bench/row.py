@@ -15,7 +15,7 @@ from olla.capture.costs import estimated_seconds
 from olla.planning import Options, capture
 
 PLACING_SECONDS = 10  # for addresses, wherever a row has some
-FITTING_SECONDS = 15  # for half of the bytes; what users get by default
+FITTING_SECONDS = 15  # for half of the bytes
 
 
 @dataclass
