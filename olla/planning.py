@@ -60,7 +60,8 @@ log = logging.getLogger(__name__)
 
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
-_FITTING = 0.09  # of the time limit, since ops are not measured yet;
+_FITTING = 0.09  # of the time limit, since ops are not measured yet,
+_PATIENCE = 4.0  # times as much to find what fits at all;
 _FITTING_AGAIN = 0.13  # then, as often as fits took less
 _FITTED = 0.29  # than that; then a plan that fits stays,
 _BOUNDING = 0.1  # and only its bound is raised;
@@ -485,7 +486,15 @@ def _ordered(
             limit = _fitting_seconds(limit, known, improve)
             room, bandwidth = max(0, budget - persistent), _bandwidth(options)
             return fitted(
-                graph, found, seconds, room, bandwidth=bandwidth, known=known, improve=improve, time_limit=limit
+                graph,
+                found,
+                seconds,
+                room,
+                bandwidth=bandwidth,
+                known=known,
+                improve=improve,
+                time_limit=limit,
+                patience=_PATIENCE if known is None else 1.0,
             )
         except InfeasibleError as error:
             raise InfeasibleError(

@@ -38,8 +38,7 @@ __all__ = ["Fitting", "fitted"]
 
 _POWERS = (1.0, 0.5, 0.25)  # of seconds, in the score of a chain
 _TIGHTER = (1.0, 0.95, 0.9, 0.85, 0.8)  # budgets that starts are made for
-_STARTING = 1 / 3  # of the time, for starts, once one of them fits; until then,
-_PATIENCE = 4  # times as much as there is
+_STARTING = 1 / 3  # of the time, for starts, once one of them fits
 _MOMENTS = 24  # that are looked at
 _WALKING = 0.6  # of the time that is left then, for the walks after a bound is raised
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
@@ -66,6 +65,7 @@ def fitted(
     known: Schedule | None = None,
     improve: bool = True,
     time_limit: float = 30.0,
+    patience: float = 1.0,
 ) -> Schedule:
     """A sequence of the ops of ``graph`` whose peak is at most ``budget_bytes``, at little extra time.
 
@@ -86,7 +86,9 @@ def fitted(
     improve
         False: time goes to the bound alone, once something fits.
     time_limit
-        Seconds after which the best sequence so far is returned; where nothing fits by then, four times as many.
+        Seconds after which the best sequence so far is returned.
+    patience
+        How many times the limit it may take to find anything that fits.
 
     Returns
     -------
@@ -100,7 +102,7 @@ def fitted(
         that time was over.
     """
     work = Fitting(graph, start, seconds, bandwidth=bandwidth, known=known)
-    return work.within(budget_bytes, improve=improve, time_limit=time_limit)
+    return work.within(budget_bytes, improve=improve, time_limit=time_limit, patience=patience)
 
 
 class Found(NamedTuple):
@@ -138,10 +140,12 @@ class Fitting:
         self._found: list[Found] = []
         _compile()
 
-    def within(self, budget_bytes: int, *, improve: bool = True, time_limit: float = 30.0) -> Schedule:
+    def within(
+        self, budget_bytes: int, *, improve: bool = True, time_limit: float = 30.0, patience: float = 1.0
+    ) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
         started = time.perf_counter()
-        deadline, last = started + time_limit, started + _PATIENCE * time_limit
+        deadline, last = started + time_limit, started + patience * time_limit
         if self._start.peak_bytes <= budget_bytes:
             return self._start
         if budget_bytes >= self._floor:

@@ -89,8 +89,8 @@ def frontier(
     work = Fitting(graph, start, seconds, bandwidth=bandwidth)
     limit = time_limit / (2 * points)
     try:
-        # A quarter of the time, at most, so that who then asks for that budget has as much to find it.
-        least = work.within(0, time_limit=time_limit / 16).peak_bytes
+        # Not more, so that who then asks for that budget, with the same limit, has the time to find it.
+        least = work.within(0, time_limit=time_limit / 4).peak_bytes
     except InfeasibleError as error:
         least = error.best_bytes
     budgets = [least + (start.peak_bytes - least) * step // (points - 1) for step in range(points)]
