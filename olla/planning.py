@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 ORDERING = 1 / 8  # of the time limit, where the last byte of an order does not matter, as within a budget
 _PLACING = 1 / 6  # of the time limit; nearly always, a moment is enough
 _FITTING = 0.09  # of the time limit, since ops are not measured yet,
-_PATIENCE = 4.0  # times as much to find what fits at all;
+_PATIENCE = 0.36  # to find what fits at all;
 _FITTING_AGAIN = 0.13  # then, as often as fits took less
 _FITTED = 0.29  # than that; then a plan that fits stays,
 _BOUNDING = 0.1  # and only its bound is raised;
@@ -483,7 +483,7 @@ def _ordered(
     budget, persistent = budget_of(graph, options), graph.persistent_bytes
     with stage("fitting the budget", options.progress):
         try:
-            limit = _fitting_seconds(limit, known, improve)
+            limit, patience = _fitting_seconds(limit, known, improve)
             room, bandwidth = max(0, budget - persistent), _bandwidth(options)
             return fitted(
                 graph,
@@ -494,7 +494,7 @@ def _ordered(
                 known=known,
                 improve=improve,
                 time_limit=limit,
-                patience=_PATIENCE if known is None else 1.0,
+                patience=patience,
             )
         except InfeasibleError as error:
             raise InfeasibleError(
@@ -505,12 +505,12 @@ def _ordered(
             ) from error
 
 
-def _fitting_seconds(limit: float, known: Schedule | None, improve: bool) -> float:
-    """What a fit may take, by the time limit, and by what was spent on the same step before."""
+def _fitting_seconds(limit: float, known: Schedule | None, improve: bool) -> tuple[float, float]:
+    """What a fit may take, and while nothing fits, by the time limit, and what was spent on the same step before."""
     if known is None:
-        return limit * _FITTING
+        return limit * _FITTING, limit * _PATIENCE
     share, left = _FITTING_AGAIN if improve else _BOUNDING, limit * _FITTINGS - known.seconds
-    return max(limit * _LATE, min(limit * share, left))
+    return max(limit * _LATE, min(limit * share, left)), left
 
 
 def _bandwidth(options: Options) -> Bandwidth | None:
@@ -532,11 +532,15 @@ def closest(
     graph: Graph, seconds: Sequence[float], options: Options, known: Schedule | None = None, *, improve: bool = True
 ) -> Schedule:
     """What keeps to the budget, if there is one, or comes closest to it: training that has begun goes on."""
+    started = time.perf_counter()
     try:
         return _ordered(graph, seconds, options, known, improve)
     except InfeasibleError as error:
         log.warning("%s, and is kept instead", error)
-        return _ordered(graph, seconds, replace(options, memory_budget=error.best_bytes), known, improve)
+        spent, options = time.perf_counter() - started, replace(options, memory_budget=error.best_bytes)
+        known = known and replace(known, seconds=known.seconds + spent)
+        found = _ordered(graph, seconds, options, known, improve)
+        return replace(found, seconds=found.seconds + spent)
 
 
 def _placed(graph: Graph, plan: Plan, options: Options) -> Plan:

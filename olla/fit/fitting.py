@@ -13,11 +13,12 @@ for small graphs.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import cycle
+from itertools import cycle, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,10 @@ _MOMENTS = 24  # that are looked at
 _WALKING = 0.6  # of the time that is left then, for the walks after a bound is raised
 _OPEN = 5e-3  # of all seconds, between what is found and the bound: worth to look at several moments
 _MANY = 1_500  # ops, for programs of several moments to stay small
-_CLOSE = 0.01  # of a budget: what is not worth another search for the smallest one
+_NAMING = 0.6  # of the time, to find anything that fits, once starts do not,
+_NAMED = 0.8  # and of that, to find what is named if nothing does
+_LOWER = (0.003, 0.3)  # of the peak, that a trial tries to be lower by,
+_HIGHER = 0.005  # and that it may be higher by, on average
 _SETTLED = 1e-3  # of all seconds: as good as the bound
 _TRIALS = 150  # to improve a sequence
 _MORE_TRIALS = 3_000  # if it is not close to the bound then, but no more than
@@ -65,7 +69,7 @@ def fitted(
     known: Schedule | None = None,
     improve: bool = True,
     time_limit: float = 30.0,
-    patience: float = 1.0,
+    patience: float = 0.0,
 ) -> Schedule:
     """A sequence of the ops of ``graph`` whose peak is at most ``budget_bytes``, at little extra time.
 
@@ -88,7 +92,7 @@ def fitted(
     time_limit
         Seconds after which the best sequence so far is returned.
     patience
-        How many times the limit it may take to find anything that fits.
+        Seconds that it may take to find anything that fits, if that is more than the limit.
 
     Returns
     -------
@@ -141,29 +145,21 @@ class Fitting:
         _compile()
 
     def within(
-        self, budget_bytes: int, *, improve: bool = True, time_limit: float = 30.0, patience: float = 1.0
+        self, budget_bytes: int, *, improve: bool = True, time_limit: float = 30.0, patience: float = 0.0
     ) -> Schedule:
         """See :func:`fitted`. Of what was found for other budgets, the cheapest that fits counts, too."""
         started = time.perf_counter()
-        deadline, last = started + time_limit, started + patience * time_limit
+        deadline, patience = started + time_limit, max(time_limit, patience)
         if self._start.peak_bytes <= budget_bytes:
             return self._start
         if budget_bytes >= self._floor:
             moment = self._dearest(budget_bytes)
-            enough = started + _STARTING * time_limit
             for fits in self._attempts(budget_bytes, moment):
-                is_over = time.perf_counter() > (enough if fits else last)
+                is_over = time.perf_counter() > started + _STARTING * (time_limit if fits else patience)
                 if is_over or (fits and not improve) or self._is_settled(budget_bytes, moment.seconds):
                     break
-        if budget_bytes < self._least and budget_bytes < (least := self._smallest(last)):
-            pinned = f"{self._pinned} needs {self._floor:,}"
-            if time.perf_counter() > last:
-                pinned += "; time was over, more may find less"
-            raise InfeasibleError(
-                f"{self._means} reaches {least:,} bytes, not {budget_bytes:,} ({pinned})",
-                lower_bound_bytes=self._floor,
-                best_bytes=least,
-            )
+        if all(found.peak > budget_bytes for found in self._found):
+            self._require(budget_bytes, _NAMING * patience)
         bound = self._search(budget_bytes, moment, improve, deadline)
         extra, peak, sequence = self._cheapest(budget_bytes)
         order, spills = spilled(self._program, completed(self._program, sequence)[0])
@@ -250,12 +246,12 @@ class Fitting:
         """Walk from the first of ``starts`` at the same time, or several times from one, and keep what is found."""
         limit, seconds = bound + _SETTLED * self._once, max(1e-9, deadline - time.perf_counter())
 
-        def walk(seed: int, start: Found) -> Found:
+        def walk(seed: int, start: Found, is_stopped: Callable[[], bool]) -> Found:
             """Change the sequence, and repair it, again and again; returns the best."""
             draw, best, at = np.random.default_rng([seed, trials]), start, start
             for trial in range(trials):
                 left = min(1 - trial / trials, (deadline - time.perf_counter()) / seconds)
-                if best.extra <= limit or left < 0:
+                if best.extra <= limit or left < 0 or is_stopped():
                     break
                 most = (1 + _WASTE) * self._once + at.extra
                 found = self._neighbour(at.sequence, budget_bytes, draw, most)
@@ -265,39 +261,54 @@ class Fitting:
                     at = found if found.extra < at.extra + heat * draw.exponential() else at
             return best
 
-        with ThreadPoolExecutor(_WALKS) as walkers:
-            try:
-                self._found += walkers.map(walk, range(_WALKS), cycle(starts))
-            except BaseException:
-                deadline = 0.0  # of the other walk, too
-                raise
+        self._found += _side_by_side(walk, starts)
 
-    def _smallest(self, deadline: float) -> int:
-        """About the smallest budget that can be reached, by bisection and a walk.
+    def _require(self, budget_bytes: int, seconds: float) -> None:
+        """Find something that fits by walks to lower and lower peaks, or raise :class:`InfeasibleError`.
 
-        Unless time is over, it is the same whatever was asked before, so who then asks for it gets it.
+        The walks do not depend on the budget, so who asks for the smallest one that an error names gets it. That there
+        is time for that, too, what is found at the very end is not named.
         """
-        asked, self._found = self._found, []
-        low, high = self._floor - 1, self._start.peak_bytes  # what is too small, and what is not
-        middle = self._floor if self._can_spill else (low + high) // 2
-        while high - low > max(1, _CLOSE * high) and time.perf_counter() < deadline:
-            if any(self._attempts(middle, self._dearest(middle))):
-                high = middle
-            else:
-                low = middle
-            middle = (low + high) // 2
-        draw = np.random.default_rng(0)
-        at = min([Found(0.0, self._start.peak_bytes, self._orders[0]), *self._found], key=_peak)
-        for _ in range(_TRIALS):
-            if at.peak <= self._floor or time.perf_counter() > deadline:
+        started, enough, asked = time.perf_counter(), max(budget_bytes, self._floor), self._found
+
+        def spent() -> float:
+            return (time.perf_counter() - started) / max(1e-9, seconds)
+
+        starts = [self._as_found(sequence) for sequence in (*self._known, self._orders[0])]
+        self._found = starts.copy()
+        for is_enough in self._attempts(self._floor, self._dearest(self._floor)):
+            if is_enough or spent() > _STARTING:
                 break
-            at = min(self._neighbour(at.sequence, at.peak - 1, draw), at, key=_peak)
-        self._found += [*asked, at]
-        return self._least if time.perf_counter() > deadline else at.peak
+        starts.insert(len(self._known), self._smallest)
+        named = [found.peak for found in starts]
+
+        def walk(seed: int, at: Found, is_stopped: Callable[[], bool]) -> Found:
+            """Lower the peak, again and again."""
+            draw, best, idle = np.random.default_rng(seed), at, 0
+            while best.peak > enough and idle < _TRIALS and spent() < 1 and not is_stopped():
+                goal = best.peak * (1 - np.exp(draw.uniform(*np.log(_LOWER))))
+                found = self._neighbour(at.sequence, int(goal), draw)
+                at = found if found.peak <= best.peak * (1 + _HIGHER * draw.exponential()) else at
+                idle += 1
+                if found.peak < best.peak:
+                    best, idle = found, 0
+                    if spent() < _NAMED:
+                        named.append(found.peak)
+            return best
+
+        self._found += [*asked, *_side_by_side(walk, starts)]
+        if budget_bytes < self._smallest.peak:
+            raise InfeasibleError(
+                f"{self._means} reaches {min(named):,} bytes, not {budget_bytes:,} ({self._pinned} needs "
+                f"{self._floor:,}{'; time was over, more may find less' if spent() > 1 else ''})",
+                lower_bound_bytes=self._floor,
+                best_bytes=min(named),
+            )
+        self._repair(self._smallest.sequence, budget_bytes, _POWERS[0])
 
     @property
-    def _least(self) -> int:
-        return min([self._start.peak_bytes, *(found.peak for found in self._found)])
+    def _smallest(self) -> Found:
+        return min(self._found, key=_peak)
 
     def _cheapest(self, budget_bytes: int) -> Found:
         return min((found for found in self._found if found.peak <= budget_bytes), key=_cost)
@@ -329,10 +340,23 @@ class Fitting:
         return self._repaired(other, budget_bytes, float(draw.choice(_POWERS)), limit)
 
     def _repaired(self, sequence: Integers, budget_bytes: int, power: float, limit: float = np.inf) -> Found:
-        sequence = repaired(self._program, sequence, self._seconds, budget_bytes, power, limit)
+        return self._as_found(repaired(self._program, sequence, self._seconds, budget_bytes, power, limit))
+
+    def _as_found(self, sequence: Integers) -> Found:
         once = np.unique(sequence[sequence < self._program.loads])
         extra = float(self._seconds[sequence].sum() - self._seconds[once].sum())
         return Found(max(0.0, extra), peak_of(self._program, sequence), sequence)
+
+
+def _side_by_side(walk: Callable[[int, Found, Callable[[], bool]], Found], starts: Sequence[Found]) -> list[Found]:
+    """What walks find that begin at the first of ``starts``; they are numbered, and told when to stop."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(_WALKS) as walkers:
+        try:
+            return [*walkers.map(walk, range(_WALKS), cycle(starts), repeat(stopped.is_set))]
+        except BaseException:
+            stopped.set()
+            raise
 
 
 @cache
