@@ -30,6 +30,8 @@ _CHUNK = 2_000_000  # moves times buffers, between two looks at the clock
 _FULLEST = 10  # the power of the largest load of its time, by which a buffer is heavier
 _GROWTH = 1.3  # of the weight of a buffer that was forced in,
 _HEAVIEST = 1e9  # up to this many average ones
+_MANY = 400  # values, to be sorted by digits
+_DIGIT = 12  # bits
 
 Numbers = npt.NDArray[np.float64]
 
@@ -131,37 +133,63 @@ def _move(tiles: Tiles, pool: Integers, waiting: int, ceiling: int, weight: Numb
 @njit(cache=True, nogil=True)
 def _lightest(tiles: Tiles, buffer: int, around: Integers, ceiling: int, weight: Numbers) -> int:
     """The offset below the ceiling where those in the way weigh least; negative: what is fixed is always in it."""
-    size, step, count = tiles.sizes[buffer], tiles.alignment[buffer], len(around)
+    size, step = tiles.sizes[buffer], tiles.alignment[buffer]
     bottoms = tiles.offsets[around]
     tops = bottoms + tiles.sizes[around]
-    by_bottom, by_top = np.argsort(bottoms), np.argsort(tops)
-    # It is best to stand on another one (or the ground), or right below another one (or the ceiling). Both kinds
-    # are in order already, and are merged.
-    standing, hanging = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
-    standing[0], hanging[count] = 0, (ceiling - size) // step * step
-    standing[1:] = -(-tops[by_top] // step) * step
-    hanging[:count] = (bottoms[by_bottom] - size) // step * step
-    above, below = 0, 0
-    entered, left, fixed, total, least, best = 0, 0, 0, 0.0, np.inf, -1
-    while above <= count or below <= count:
-        if below > count or (above <= count and standing[above] <= hanging[below]):
-            at = standing[above]
-            above += 1
-        else:
-            at = hanging[below]
-            below += 1
-        if at < 0 or at + size > ceiling:
-            continue
-        while entered < count and bottoms[by_bottom[entered]] < at + size:
-            other = around[by_bottom[entered]]
-            total += weight[other]
-            fixed += tiles.fixed[other] >= 0
-            entered += 1
-        while left < count and tops[by_top[left]] <= at:
-            other = around[by_top[left]]
-            total -= weight[other]
-            fixed -= tiles.fixed[other] >= 0
-            left += 1
-        if fixed == 0 and total < least:
-            least, best = total, int(at)
+    by_bottom, by_top = _sorted_by(bottoms), _sorted_by(tops)
+    bottoms, tops = bottoms[by_bottom], tops[by_top]
+    # It is best to stand on another one, or the ground, or right below another one, or the ceiling.
+    standing, hanging = np.append(0, tops), np.append(bottoms, ceiling) - size
+    if step > 1:
+        standing, hanging = -(-standing // step) * step, hanging // step * step
+    weights, is_fixed = weight[around], (tiles.fixed[around] >= 0).astype(np.float64)
+    entering, leaving = _sums(weights, by_bottom), _sums(weights, by_top)
+    entering_fixed, leaving_fixed = np.zeros(len(around) + 1), np.zeros(len(around) + 1)
+    if np.any(is_fixed):
+        entering_fixed, leaving_fixed = _sums(is_fixed, by_bottom), _sums(is_fixed, by_top)
+    least, best = np.inf, -1
+    for places in (standing, hanging):
+        entered, left = 0, 0
+        for at in places:
+            if at < 0 or at + size > ceiling:
+                continue
+            while entered < len(bottoms) and bottoms[entered] < at + size:
+                entered += 1
+            while left < len(tops) and tops[left] <= at:
+                left += 1
+            total = entering[entered] - leaving[left]
+            if total < least and entering_fixed[entered] == leaving_fixed[left]:
+                least, best = total, int(at)
     return best
+
+
+@njit(cache=True, nogil=True)
+def _sums(values: Numbers, order: Integers) -> Numbers:
+    """The sum of none of the values, of the first one of the order, of the first two, and so on."""
+    sums = np.zeros(len(order) + 1)
+    for i in range(len(order)):
+        sums[i + 1] = sums[i] + values[order[i]]
+    return sums
+
+
+@njit(cache=True, nogil=True)
+def _sorted_by(values: Integers) -> Integers:
+    """Where the values are, from the lowest to the highest; many are sorted digit by digit, as moves do little else."""
+    if len(values) < _MANY:
+        return np.argsort(values)
+    order, other = np.arange(len(values)), np.empty(len(values), np.int64)
+    lowest, shift = values.min(), 0
+    highest = values.max() - lowest
+    while shift < 63 and highest >> shift > 0:
+        begin = np.zeros((1 << _DIGIT) + 1, np.int64)
+        for value in values:
+            begin[(value - lowest >> shift & (1 << _DIGIT) - 1) + 1] += 1
+        for digit in range(1, len(begin)):
+            begin[digit] += begin[digit - 1]
+        for i in order:
+            digit = values[i] - lowest >> shift & (1 << _DIGIT) - 1
+            other[begin[digit]] = i
+            begin[digit] += 1
+        order, other = other, order
+        shift += _DIGIT
+    return order
