@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from itertools import product
 
 import numpy as np
 
@@ -17,31 +18,30 @@ CEILING = 400
 class EjectTest(unittest.TestCase):
     def test_a_buffer_is_forced_in_where_those_in_the_way_weigh_least(self) -> None:
         draw, seen = np.random.default_rng(0), 0
-        for count in (0, 1, *[5, 12, 25] * 8, 600):  # the last are so many that they are sorted by digits
-            for alignment in (1, 16):
-                for fixed in (0, 1, 3):
-                    with self.subTest(count=count, alignment=alignment, fixed=fixed):
-                        bottoms, sizes = draw.integers(0, CEILING, count), draw.integers(1, 60, count)
-                        buffers = [
-                            Buffer(0, 1, int(size), offset=int(bottom) if i < fixed else None)
-                            for i, (bottom, size) in enumerate(zip(bottoms, sizes, strict=True))
-                        ]
-                        size = int(draw.integers(1, 100))
-                        problem = Problem.of([*buffers, Buffer(0, 1, size, alignment=alignment)])
-                        tiles = empty_tiles(problem)
-                        for buffer, bottom in enumerate(bottoms):
-                            insert(tiles, buffer, bottom)
-                        weight = draw.integers(1, 10, count + 1).astype(np.float64)
-                        weight[:fixed] = 0  # so that nothing but their being fixed speaks against them
+        counts = (0, 1, *[5, 12, 25] * 8, 600)  # the last are so many that they are sorted by digits
+        for count, alignment, fixed in product(counts, (1, 16), (0, 1, 3)):
+            with self.subTest(count=count, alignment=alignment, fixed=fixed):
+                bottoms, sizes = draw.integers(0, CEILING, count), draw.integers(1, 60, count)
+                buffers = [
+                    Buffer(0, 1, int(size), offset=int(bottom) if i < fixed else None)
+                    for i, (bottom, size) in enumerate(zip(bottoms, sizes, strict=True))
+                ]
+                size = int(draw.integers(1, 100))
+                problem = Problem.of([*buffers, Buffer(0, 1, size, alignment=alignment)])
+                tiles = empty_tiles(problem)
+                for buffer, bottom in enumerate(bottoms):
+                    insert(tiles, buffer, bottom)
+                weight = draw.integers(1, 10, count + 1).astype(np.float64)
+                weight[:fixed] = 0  # so that nothing but their being fixed speaks against them
 
-                        at = _lightest(tiles, count, neighbours(tiles, count), CEILING, weight)
-                        totals = weights_in_the_way(bottoms, sizes, weight[:-1], size)
-                        is_fixed = (np.arange(count) < fixed).astype(np.float64)
-                        totals[weights_in_the_way(bottoms, sizes, is_fixed, size) > 0] = np.inf
-                        least = totals[::alignment].min()
-                        self.assertEqual(np.inf if at < 0 else totals[at], least)
-                        self.assertTrue(at < 0 or (at % alignment == 0 and at + size <= CEILING))
-                        seen += least < np.inf
+                at = _lightest(tiles, count, neighbours(tiles, count), CEILING, weight)
+                totals = weights_in_the_way(bottoms, sizes, weight[:-1], size)
+                is_fixed = (np.arange(count) < fixed).astype(np.float64)
+                totals[weights_in_the_way(bottoms, sizes, is_fixed, size) > 0] = np.inf
+                least = totals[::alignment].min()
+                self.assertEqual(np.inf if at < 0 else totals[at], least)
+                self.assertTrue(at < 0 or (at % alignment == 0 and at + size <= CEILING))
+                seen += least < np.inf
         self.assertGreater(seen, 20)
 
     def test_values_of_any_size_are_sorted(self) -> None:
