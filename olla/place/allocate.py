@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -29,10 +29,12 @@ _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
-_STARTS = 3  # first fits that ejections begin with
+_STARTS = 8  # first fits that ejections begin with
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one, or another way, is tried
 _UNKNOWN = 2**62
+
+Tries = Iterator[tuple[str, Integers] | None]  # how, and the offsets; None now and then, to look at the clock
 
 
 def allocate(
@@ -115,6 +117,7 @@ class _Search:
         self._random, self._others = (np.random.default_rng(seed) for seed in (0, 1))
         self._blame = np.zeros(len(problem.load), np.int64)
         self.bound = problem.bound
+        self._first_fits: list[Integers] = []
         self.offsets: Integers = np.zeros(len(problem.sizes), np.int64)
         self.top = _UNKNOWN if len(problem.sizes) else 0
         self.method = "nothing to place"
@@ -136,15 +139,15 @@ class _Search:
 
     def run(self) -> None:
         """Try first fits, improve them, then search, until the bound or the capacity is met or time is over."""
-        self._try(first_fits(self._problem), self._deadline)
+        self._try(self._noted(first_fits(self._problem)), self._deadline)
         if self._ended:
             return
         started = time.perf_counter()
         _compile_searches()
         self._deadline += time.perf_counter() - started
         if len(self._problem.sizes) > _SEARCHED:
-            if self._capacity is None:
-                self._search_grids()
+            if self._capacity is not None or not self._search_grids():
+                self._lower_first_fits()
             self._improve_in_rounds()
         else:
             if self._capacity is None:  # one that is tight enough to be given is a matter for the search
@@ -171,10 +174,9 @@ class _Search:
 
     def _lower_first_fits(self) -> None:
         """Ejections where few buffers stand too high: more is left to move there than where all are a little lower."""
-        fits = [found[1] for found in first_fits(self._problem) if found]
-        fits.sort(key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
-        for offsets in fits[:_STARTS]:
-            self._try(lowered(self._problem, offsets, self._others, self.top), self._half_of_the_rest)
+        self._first_fits.sort(key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
+        starts = self._first_fits[:_STARTS]
+        self._try(lowered(self._problem, starts, self._others, self.top), self._half_of_the_rest)
 
     def _search_grids(self) -> bool:
         """Place what is large by itself, then what is small around it; whether that was the best so far."""
@@ -212,20 +214,22 @@ class _Search:
     def _improve(self, patience: int = _UNKNOWN) -> None:
         """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
         self._try(mended_fits(self._problem, self._others), self._half_of_the_rest, patience)
-        while self._gains(lowered) or self._gains(rebuilt):
+        while self._gains(lowered(self._problem, [self.offsets], self._others)) or self._gains(
+            rebuilt(self._problem, self.offsets, self._others)
+        ):
             pass
 
-    def _gains(self, lower: Callable[..., Iterator[tuple[str, Integers] | None]]) -> bool:
-        """Try that for half of the time that is left at most; whether it was worth while."""
+    def _gains(self, tries: Tries) -> bool:
+        """Make them for half of the time that is left at most; whether it was worth while."""
         before = self.top
-        self._try(lower(self._problem, self.offsets, self._others), self._half_of_the_rest)
+        self._try(tries, self._half_of_the_rest)
         return not self._ended and before - self.top > _LEAST * self.bound
 
     @property
     def _half_of_the_rest(self) -> float:
         return (time.perf_counter() + self._deadline) / 2
 
-    def _try(self, tries: Iterator[tuple[str, Integers] | None], until: float, patience: int = _UNKNOWN) -> None:
+    def _try(self, tries: Tries, until: float, patience: int = _UNKNOWN) -> None:
         """Keep the best of the tries until some time, or until so many in a row were in vain."""
         idle = 0
         while not self._ended and (self.top == _UNKNOWN or time.perf_counter() < until) and idle < patience:
@@ -234,6 +238,12 @@ class _Search:
                 return
             if found:
                 idle = 0 if self._keep(*found) else idle + 1
+
+    def _noted(self, tries: Tries) -> Tries:
+        for found in tries:
+            if found:
+                self._first_fits.append(found[1])
+            yield found
 
     def _reach(self, target: int, restarts: int) -> bool:
         """Look for a placement within ``target``."""
@@ -272,7 +282,7 @@ def _compile_searches() -> None:
     """That takes some ten seconds, once, so it is done only when a first fit is not good enough."""
     problem, random = _pair(), np.random.default_rng(0)
     for tries in (
-        lowered(problem, np.array([0, 9]), random),
+        lowered(problem, [np.array([0, 9])], random),
         searches(problem, 2, 1, random, np.zeros_like(problem.load)),
     ):
         next(tries)

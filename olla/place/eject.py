@@ -9,7 +9,7 @@ Letters 37, 2009. What goes astray begins again where the fewest were out, with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -37,26 +37,37 @@ Numbers = npt.NDArray[np.float64]
 
 
 def lowered(
-    problem: Problem, offsets: Integers, random: np.random.Generator, below: int | None = None
+    problem: Problem, starts: Iterable[Integers], random: np.random.Generator, below: int | None = None
 ) -> Iterator[tuple[str, Integers] | None]:
-    """Lower and lower placements, the first one below what is known; None now and then, to look at the clock."""
-    bound, share, top = problem.bound, _SHARE, int((offsets + problem.sizes).max())
-    top = top if below is None else min(top, below)
+    """Lower and lower placements, the first one below what is known; None now and then, to look at the clock.
+
+    Of several starts, the first one below the ceiling goes on. When none comes below it, the better half
+    goes on, with a ceiling that is not lowered by as much.
+    """
+    turns = [(0, offsets) for offsets in starts]  # with the highest ceiling that was tried in vain
+    top = min(int((offsets + problem.sizes).max()) for _, offsets in turns)
+    bound, share, top = problem.bound, _SHARE, top if below is None else min(top, below)
     area = problem.sizes * (problem.last - problem.first + 1.0)
     heaviness = area * (problem.largest(problem.load) / bound) ** _FULLEST
     heaviness /= heaviness.mean()
     while top > bound and share * (top - bound) >= _LEAST * bound:
         ceiling = min(top - 1, int(top - share * (top - bound)))
+        turn = next((index for index, (vain, _) in enumerate(turns) if vain < ceiling), None)
+        if turn is None:
+            share /= 2
+            del turns[(len(turns) + 1) // 2 :]
+            continue
+        _, offsets = turns.pop(turn)
         for found in _below(problem, offsets, ceiling, heaviness, random):
             if found is None:
                 yield None
                 continue
-            offsets, share = found, min(1.0, 2 * share)
-            top = int((offsets + problem.sizes).max())
-            yield "ejections", offsets
+            turns.insert(0, (0, found))
+            top, share = int((found + problem.sizes).max()), min(1.0, 2 * share)
+            yield "ejections", found
             break
         else:
-            share /= 2
+            turns.insert(turn, (ceiling, offsets))
 
 
 def _below(

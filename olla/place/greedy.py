@@ -21,6 +21,7 @@ __all__ = ["first_fits", "mended_fits"]
 _ROUNDS = ((10, 8), (4, 16), (2, 32))  # so many of the best orders are mended so many times
 _FIRST = 1e9  # what is multiplied by it decides, and the rest only where that is equal
 _BAND = 0.1  # of the largest load: sections whose loads differ by less are as full as each other
+_NARROW_BAND = 0.01
 _FULL = 0.99  # of the largest load, and more
 _CHUNK = 2**27  # placed buffers looked at, at most, between two looks at the clock
 
@@ -60,6 +61,8 @@ def _preferences(problem: Problem) -> dict[str, Numbers]:
     lifetime = np.log(problem.last - problem.first + 1)
     largest = problem.largest(problem.load)
     load, share = np.log(largest), largest / max(1, int(problem.load.max(initial=0)))
+    fullest = int(problem.load.argmax()) if len(size) else 0
+    distance = np.maximum(0, np.maximum(problem.first - fullest, fullest - problem.last))
     return {
         "size": size,
         "size and load": size + 8 * load,
@@ -73,6 +76,8 @@ def _preferences(problem: Problem) -> dict[str, Numbers]:
         "begin": -problem.first + size / 100,
         "tenths of the load, then size": _FIRST * np.floor(share / _BAND) + size,
         "the fullest, then size": _FIRST * (share >= _FULL) + size,
+        "hundredths of the load, then lifetime": _FIRST * np.floor(share / _NARROW_BAND) + lifetime,
+        "distance from the fullest, then size": -_FIRST * distance + size,
     }
 
 
