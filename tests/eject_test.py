@@ -1,14 +1,16 @@
-"""Where a buffer is forced in, held against all offsets."""
+"""Where a buffer is forced in, held against all offsets; which starts go on."""
 
 from __future__ import annotations
 
 import unittest
+from collections.abc import Iterator
 from itertools import product
+from unittest import mock
 
 import numpy as np
 
 from olla import Buffer
-from olla.place.eject import Numbers, _lightest, _sorted_by
+from olla.place.eject import Numbers, _lightest, _sorted_by, lowered
 from olla.place.problem import Integers, Problem
 from olla.place.tiles import empty_tiles, insert, neighbours
 
@@ -43,6 +45,34 @@ class EjectTest(unittest.TestCase):
                 self.assertTrue(at < 0 or (at % alignment == 0 and at + size <= CEILING))
                 seen += least < np.inf
         self.assertGreater(seen, 20)
+
+    def test_the_starts_that_can_be_lowered_go_on(self) -> None:
+        problem = Problem.of([Buffer(0, 1, 1_000), Buffer(1, 2, 1)])
+        starts = [np.array([1_000, start]) for start in range(4)]  # the offset of the last buffer tells the start
+        lowest = (1_900, 1_500, 1_200, 1_100)
+        tried: list[tuple[int, int]] = []
+
+        def below(_: Problem, offsets: Integers, ceiling: int, *__: object) -> Iterator[Integers | None]:
+            tried.append((int(offsets[1]), ceiling))
+            yield None
+            if lowest[offsets[1]] <= ceiling:
+                yield np.array([ceiling - 1_000, offsets[1]])
+
+        with mock.patch("olla.place.eject._below", below):
+            found = list(filter(None, lowered(problem, starts, np.random.default_rng(0))))
+        self.assertEqual(
+            tried[:8],
+            [
+                *((0, 1_750), (1, 1_750)),  # one after another, until one is low enough; a quarter of the way, then
+                *((1, 1_375), (2, 1_375)),  # half of it, where 0 need not try,
+                *((2, 1_000), (3, 1_000)),  # all of it, then half of it again, for the first two,
+                *((2, 1_187), (2, 1_281)),  # and a quarter, for the first one
+            ],
+        )
+        tops = [int(offsets[0]) + 1_000 for _, offsets in found]
+        self.assertEqual(tops[:3], [1_750, 1_375, 1_281])
+        self.assertEqual(tops, sorted(tops, reverse=True))
+        self.assertLess(abs(tops[-1] - 1_200), 5)
 
     def test_values_of_any_size_are_sorted(self) -> None:
         draw = np.random.default_rng(0)

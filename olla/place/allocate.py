@@ -29,7 +29,7 @@ _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
-_STARTS = 8  # first fits that ejections begin with
+_STARTS = 8  # first fits that ejections begin with: few buffers of them stand too high
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one, or another way, is tried
 _UNKNOWN = 2**62
@@ -240,6 +240,7 @@ class _Search:
                 idle = 0 if self._keep(*found) else idle + 1
 
     def _noted(self, tries: Tries) -> Tries:
+        """The same tries, with which ejections may begin later."""
         for found in tries:
             if found:
                 self._first_fits.append(found[1])
