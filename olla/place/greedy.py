@@ -18,7 +18,7 @@ from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free
 
 __all__ = ["first_fits", "mended_fits"]
 
-_ROUNDS = ((10, 8), (4, 16), (2, 32))  # so many of the best orders are mended so many times
+_ROUNDS = ((14, 6), (4, 16), (2, 32))  # so many orders, all and then the best ones, are mended so many times
 _FIRST = 1e9  # what is multiplied by it decides, and the rest only where that is equal
 _BAND = 0.1  # of the largest load: sections whose loads differ by less are as full as each other
 _NARROW_BAND = 0.01
