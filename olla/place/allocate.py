@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -15,7 +15,7 @@ from olla.place.buffers import Buffer
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
 from olla.place.grid import grids
-from olla.place.problem import Integers, Problem
+from olla.place.problem import Integers, Problem, Tries
 from olla.place.restarts import searches
 from olla.place.search import INFEASIBLE, SOLVED
 from olla.place.windows import rebuilt
@@ -23,7 +23,7 @@ from olla.place.windows import rebuilt
 __all__ = ["allocate"]
 
 _SEARCHED = (
-    3_000  # buffers; above, after the finest grid, first fits, ejections and windows take turns, in rounds, and end
+    3_000  # buffers; above, nothing is searched for as a whole: first fits, ejections and windows take turns, and end
 )
 _CLOSE = 1e-4  # of the bound above it, after a round, or
 _IDLE_ROUNDS = 3  # after so many in a row
@@ -33,8 +33,6 @@ _STARTS = 8  # first fits that ejections begin with: few buffers of them stand t
 _RESTARTS = 60  # searches for a capacity that is given, before they begin anew
 _FEW_RESTARTS = 12  # searches for one capacity, before another one, or another way, is tried
 _UNKNOWN = 2**62
-
-Tries = Iterator[tuple[str, Integers] | None]  # how, and the offsets; None now and then, to look at the clock
 
 
 def allocate(
@@ -174,9 +172,8 @@ class _Search:
 
     def _lower_first_fits(self) -> None:
         """Ejections where few buffers stand too high: more is left to move there than where all are a little lower."""
-        self._first_fits.sort(key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
-        starts = self._first_fits[:_STARTS]
-        self._try(lowered(self._problem, starts, self._others, self.top), self._half_of_the_rest)
+        fits = sorted(self._first_fits, key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
+        self._try(lowered(self._problem, fits[:_STARTS], self._others, self.top), self._half_of_the_rest)
 
     def _search_grids(self) -> bool:
         """Place what is large by itself, then what is small around it; whether that was the best so far."""
@@ -213,9 +210,10 @@ class _Search:
 
     def _improve(self, patience: int = _UNKNOWN) -> None:
         """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
-        self._try(mended_fits(self._problem, self._others), self._half_of_the_rest, patience)
-        while self._gains(lowered(self._problem, [self.offsets], self._others)) or self._gains(
-            rebuilt(self._problem, self.offsets, self._others)
+        problem, random = self._problem, self._others
+        self._try(mended_fits(problem, random), self._half_of_the_rest, patience)
+        while self._gains(lowered(problem, [self.offsets], random)) or self._gains(
+            rebuilt(problem, self.offsets, random)
         ):
             pass
 

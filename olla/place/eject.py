@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from olla.place.problem import Integers, Problem
+from olla.place.problem import Integers, Problem, Tries
 from olla.place.tiles import Tiles, copied, empty_tiles, insert, lowest_free, neighbours, remove
 
 __all__ = ["lowered"]
@@ -38,8 +38,8 @@ Numbers = npt.NDArray[np.float64]
 
 def lowered(
     problem: Problem, starts: Iterable[Integers], random: np.random.Generator, below: int | None = None
-) -> Iterator[tuple[str, Integers] | None]:
-    """Lower and lower placements, the first one below what is known; None now and then, to look at the clock.
+) -> Tries:
+    """Lower and lower placements, the first one below what is known.
 
     Of several starts, the first one below the ceiling goes on. When none comes below it, the better half
     goes on, with a ceiling that is not lowered by as much.

@@ -13,33 +13,34 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from olla.place.problem import Integers, Problem
+from olla.place.problem import Integers, Problem, Tries
 from olla.place.tiles import Tiles, empty_tiles, insert, lowest_free
 
 __all__ = ["first_fits", "mended_fits"]
 
-_ROUNDS = ((14, 6), (4, 16), (2, 32))  # so many orders, all and then the best ones, are mended so many times
+_TIMES = 6  # that each order is mended, and then
+_ROUNDS = ((4, 16), (2, 32))  # so many of the best ones so many times
 _FIRST = 1e9  # what is multiplied by it decides, and the rest only where that is equal
 _BAND = 0.1  # of the largest load: sections whose loads differ by less are as full as each other
-_NARROW_BAND = 0.01
+_NARROW_BAND = 0.01  # the same, where lifetimes decide
 _FULL = 0.99  # of the largest load, and more
 _CHUNK = 2**27  # placed buffers looked at, at most, between two looks at the clock
 
 Numbers = npt.NDArray[np.float64]
 
 
-def first_fits(problem: Problem) -> Iterator[tuple[str, Integers] | None]:
-    """First fit in several orders: how, and the offsets; None now and then, to look at the clock."""
+def first_fits(problem: Problem) -> Tries:
+    """First fit in several orders."""
     for name, preference in _preferences(problem).items():
         for offsets in _first_fit(problem, preference):
             yield None if offsets is None else (f"first fit by {name}", offsets)
 
 
-def mended_fits(problem: Problem, random: np.random.Generator) -> Iterator[tuple[str, Integers] | None]:
+def mended_fits(problem: Problem, random: np.random.Generator) -> Tries:
     """The same, again and again: what ends above the bound is preferred by a factor of about e next time."""
     bound = problem.bound
     chains = [(0, name, preference) for name, preference in _preferences(problem).items()]
-    for kept, times in _ROUNDS:
+    for kept, times in ((len(chains), _TIMES), *_ROUNDS):
         chains = sorted(chains, key=lambda chain: chain[0])[:kept]
         for index, (_, name, preference) in enumerate(chains):
             lowest = 2**62
@@ -59,9 +60,10 @@ def _preferences(problem: Problem) -> dict[str, Numbers]:
     """How early each buffer comes: logarithms of products of size, lifetime and load."""
     size = np.log(problem.sizes)
     lifetime = np.log(problem.last - problem.first + 1)
-    largest = problem.largest(problem.load)
-    load, share = np.log(largest), largest / max(1, int(problem.load.max(initial=0)))
-    fullest = int(problem.load.argmax()) if len(size) else 0
+    loads = problem.load
+    largest = problem.largest(loads)
+    load, share = np.log(largest), largest / max(1, int(loads.max(initial=0)))
+    fullest = int(loads.argmax()) if len(loads) else 0
     distance = np.maximum(0, np.maximum(problem.first - fullest, fullest - problem.last))
     return {
         "size": size,

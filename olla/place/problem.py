@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,10 @@ from numba import njit
 
 from olla.place.buffers import Buffer
 
-__all__ = ["Integers", "Problem"]
+__all__ = ["Integers", "Problem", "Tries"]
 
 Integers = npt.NDArray[np.int64]
+Tries = Iterator[tuple[str, Integers] | None]  # how, and the offsets; None now and then, to look at the clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from olla.place.problem import Integers, Problem
+from olla.place.problem import Integers, Problem, Tries
 from olla.place.restarts import searches
 from olla.place.search import SOLVED
 
@@ -26,8 +26,8 @@ _FAILURES = 3  # in a row
 _SEARCHES = 20  # of one window
 
 
-def rebuilt(problem: Problem, offsets: Integers, random: np.random.Generator) -> Iterator[tuple[str, Integers] | None]:
-    """Lower and lower placements; None now and then, to look at the clock."""
+def rebuilt(problem: Problem, offsets: Integers, random: np.random.Generator) -> Tries:
+    """Lower and lower placements."""
     bound, top = problem.bound, int((offsets + problem.sizes).max())
     share, free, failures = _SHARE, _FREE, 0
     while top - bound > _CLOSE * bound and failures < _FAILURES:
