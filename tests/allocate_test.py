@@ -186,8 +186,8 @@ class AllocateTest(unittest.TestCase):
         self.assertEqual(conflicts(given, placement), [])
 
     @settings(max_examples=200)
-    @given(buffers(most=5), st.integers(-2, 2))
-    def test_the_search_is_exact(self, given: list[Buffer], slack: int) -> None:
+    @given(buffers(most=5), st.integers(-2, 2), st.data())
+    def test_the_search_is_exact(self, given: list[Buffer], slack: int, data: st.DataObject) -> None:
         solid = [buffer for buffer in given if buffer.size]
         problem = Problem.of(solid)
         capacity = optimum(given) + slack
@@ -200,6 +200,8 @@ class AllocateTest(unittest.TestCase):
             problem.alignment,
             problem.fixed,
             *problem.overlaps(),
+            np.array([data.draw(st.floats(-3, 3)) for _ in solid]),
+            data.draw(st.sampled_from([0.0, 1.0, 1e9])),
             blame,
             10**6,
         )
@@ -263,9 +265,61 @@ class AllocateTest(unittest.TestCase):
         undecided = UNDECIDED, 0, np.zeros(1_500, np.int64)
         with mock.patch("olla.place.restarts.search", return_value=undecided) as searched:
             found = list(searches(problem, 2, 6, np.random.default_rng(0), np.zeros_like(problem.load)))
-        nodes = [call.args[-1] for call in searched.call_args_list]
-        self.assertEqual((len(found), len(nodes)), (6, 6))
-        self.assertGreater(min(nodes), 1_500)
+        self.assertEqual((len(found), searched.call_count), (12, 12))
+        self.assertGreater(min(call.args[-1] for call in searched.call_args_list), 1_500)
+
+    def test_searches_prefer_the_longest_in_time_then_in_sections_then_the_largest(self) -> None:
+        long, wide, large = Buffer(0, 99, 1), Buffer(99, 109, 2), Buffer(109, 114, 100)
+        beside = [Buffer(t, t + 1, 1) for t in range(99, 114)]  # a section each
+        problem = Problem.of([long, wide, large, *beside])
+        undecided = UNDECIDED, 0, np.zeros(len(problem.sizes), np.int64)
+        with mock.patch("olla.place.restarts.search", return_value=undecided) as searched:
+            list(searches(problem, 101, 5, np.random.default_rng(0), np.zeros_like(problem.load)))
+        listed = [
+            int(worth.argmax()) for *_, worth, weight, _, _ in (c.args for c in searched.call_args_list) if weight > 9
+        ]
+        self.assertEqual(listed, [0, 1, 2])
+
+    def test_the_load_that_is_left_decides_and_not_that_of_the_whole(self) -> None:
+        lives = (
+            *((12, 25, 2), (0, 12, 3), (11, 16, 7), (2, 12, 3), (11, 12, 8), (5, 12, 3), (19, 21, 7), (12, 16, 6)),
+            *((16, 21, 6), (12, 16, 4), (16, 25, 4), (16, 23, 2), (16, 23, 5), (23, 30, 3), (12, 19, 1), (12, 16, 4)),
+            *((16, 23, 4), (9, 12, 6), (12, 16, 6), (16, 19, 6)),
+        )
+        problem = Problem.of([Buffer(*life) for life in lives])
+        length, load = (np.log(of) for of in (problem.last - problem.first + 1, problem.largest(problem.load)))
+        nodes = []
+        for worth, weight in ((1e6 * length, 1e9), (1e6 * length + 1e9 * load, 0.0)):
+            status, visited, _ = search(
+                problem.bound,
+                problem.first,
+                problem.last,
+                problem.sizes,
+                problem.alignment,
+                problem.fixed,
+                *problem.overlaps(),
+                worth,
+                weight,
+                np.zeros_like(problem.load),
+                10**6,
+            )
+            self.assertEqual(status, SOLVED)
+            nodes.append(visited)
+        self.assertEqual(nodes[0], len(lives))  # none in vain
+        self.assertGreater(nodes[1], 2 * len(lives))
+
+    @given(buffers(most=5))
+    def test_the_smallest_arena_is_a_multiple_of_the_unit(self, given: list[Buffer]) -> None:
+        solid = [buffer for buffer in given if buffer.size]
+        if solid:
+            self.assertEqual(optimum(solid) % Problem.of(solid).unit, 0)
+
+    def test_the_unit_of_sizes_fixed_offsets_and_alignments(self) -> None:
+        self.assertEqual(Problem.of([Buffer(0, 2, 12), Buffer(1, 3, 8, alignment=2)]).unit, 4)
+        self.assertEqual(Problem.of([Buffer(0, 2, 12), Buffer(1, 3, 8, offset=2)]).unit, 2)
+        self.assertEqual(Problem.of([Buffer(0, 2, 12), Buffer(1, 3, 8, alignment=6)]).unit, 2)
+        self.assertEqual(Problem.of([Buffer(0, 2, 3), Buffer(1, 3, 9, alignment=64)]).unit, 1)
+        self.assertEqual(Problem.of([Buffer(0, 2, 12, alignment=9), Buffer(1, 3, 24, alignment=4)]).unit, 1)
 
     def test_ejections_begin_below_a_placement_that_is_known(self) -> None:
         given = stream(1_000, longest=40)

@@ -30,8 +30,9 @@ _IDLE_ROUNDS = 3  # after so many in a row
 _LEAST = 1e-5  # that gained less of the bound than that
 _IDLE_TRIES = 15  # mended first fits in a row in vain, after which the ejections have their turn
 _STARTS = 8  # first fits that ejections begin with: few buffers of them stand too high
-_RESTARTS = 60  # searches for a capacity that is given, before they begin anew
-_FEW_RESTARTS = 12  # searches for one capacity, before another one, or another way, is tried
+_TURNS = 48  # of searches for a capacity that is given, before they begin anew
+_FEW_TURNS = 6  # of searches for one capacity, before another one, or another way, is tried
+_BEFORE_SEARCH = 0.05  # of the time that is left: a turn of ejections, or of mended first fits
 _UNKNOWN = 2**62
 
 
@@ -173,7 +174,7 @@ class _Search:
     def _lower_first_fits(self) -> None:
         """Ejections where few buffers stand too high: more is left to move there than where all are a little lower."""
         fits = sorted(self._first_fits, key=lambda offsets: int((offsets + self._problem.sizes > self._goal).sum()))
-        self._try(lowered(self._problem, fits[:_STARTS], self._others, self.top), self._half_of_the_rest)
+        self._try(lowered(self._problem, fits[:_STARTS], self._others, self.top), self._end_of_turn)
 
     def _search_grids(self) -> bool:
         """Place what is large by itself, then what is small around it; whether that was the best so far."""
@@ -185,7 +186,7 @@ class _Search:
                 large.run()
             else:
                 large.fit()
-                large._reach(near, _FEW_RESTARTS)
+                large._reach(near, _FEW_TURNS)
             if large.top > near:
                 continue
             rest = _Search(grid.around(self._problem, large.offsets), None, self._gap, self._half_of_the_rest)
@@ -197,21 +198,23 @@ class _Search:
 
     def _bisect(self) -> None:
         """Search for what is low enough, then for what is half way between what was tried in vain and the best."""
+        unit = self._problem.unit
+        target, turns = self._goal, _FEW_TURNS if self._capacity is None else _TURNS
         lowest = self.bound  # below it, it was tried in vain
-        target, restarts = self._goal, _FEW_RESTARTS if self._capacity is None else _RESTARTS
         while not self._ended:
-            reached = self._reach(target, restarts)
+            target -= target % unit
+            reached = self._reach(target, turns)
             if self._capacity is not None:
                 continue
-            lowest = max(self.bound, (self.bound + lowest) // 2 if reached else target + 1)
-            if lowest >= self.top:
-                lowest, restarts = self.bound, restarts * 4
+            lowest = max(self.bound, (self.bound + lowest) // 2 if reached else target + unit)
             target = (lowest + self.top) // 2
+            if lowest >= self.top:  # begin again, with more searches each
+                lowest, target, turns = self.bound, self._goal, turns + _FEW_TURNS
 
     def _improve(self, patience: int = _UNKNOWN) -> None:
         """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
         problem, random = self._problem, self._others
-        self._try(mended_fits(problem, random), self._half_of_the_rest, patience)
+        self._try(mended_fits(problem, random), self._end_of_turn, patience)
         while self._gains(lowered(problem, [self.offsets], random)) or self._gains(
             rebuilt(problem, self.offsets, random)
         ):
@@ -220,12 +223,22 @@ class _Search:
     def _gains(self, tries: Tries) -> bool:
         """Make them for half of the time that is left at most; whether it was worth while."""
         before = self.top
-        self._try(tries, self._half_of_the_rest)
+        self._try(tries, self._end_of_turn)
         return not self._ended and before - self.top > _LEAST * self.bound
 
     @property
     def _half_of_the_rest(self) -> float:
-        return (time.perf_counter() + self._deadline) / 2
+        return self._after(0.5)
+
+    @property
+    def _end_of_turn(self) -> float:
+        """Where the whole is searched for later, that is what most of the time is for."""
+        return self._after(_BEFORE_SEARCH if len(self._problem.sizes) <= _SEARCHED else 0.5)
+
+    def _after(self, share: float) -> float:
+        """When this share of the time that is left is over."""
+        now = time.perf_counter()
+        return now + share * (self._deadline - now)
 
     def _try(self, tries: Tries, until: float, patience: int = _UNKNOWN) -> None:
         """Keep the best of the tries until some time, or until so many in a row were in vain."""
@@ -244,16 +257,16 @@ class _Search:
                 self._first_fits.append(found[1])
             yield found
 
-    def _reach(self, target: int, restarts: int) -> bool:
+    def _reach(self, target: int, turns: int) -> bool:
         """Look for a placement within ``target``."""
         if self.top <= target:
             return True
-        for status, offsets in searches(self._problem, target, restarts, self._random, self._blame):
+        for status, offsets in searches(self._problem, target, turns, self._random, self._blame):
             if status == SOLVED:
                 self._keep("search", offsets)
                 return True
             if status == INFEASIBLE:
-                self.bound = max(self.bound, target + 1)
+                self.bound = max(self.bound, (target // self._problem.unit + 1) * self._problem.unit)
             if self._ended:
                 break
         return False

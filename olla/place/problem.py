@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ class Problem:
 
     first: Integers  # a buffer is alive in the sections first .. last
     last: Integers
+    lifetimes: Integers  # in time, not in sections
     sizes: Integers
     alignment: Integers
     fixed: Integers  # the only offset allowed; -1: any
@@ -44,6 +45,7 @@ class Problem:
         return cls(
             first=section[np.searchsorted(begins, lower)],
             last=section[np.searchsorted(begins, upper, "left") - 1],
+            lifetimes=upper - lower,
             sizes=np.array([b.size for b in buffers], np.int64),
             alignment=np.array([b.alignment for b in buffers], np.int64),
             fixed=np.array([-1 if b.offset is None else b.offset for b in buffers], np.int64),
@@ -63,6 +65,14 @@ class Problem:
         fixed_top = np.where(self.fixed >= 0, self.fixed + self.sizes, 0)
         return int(max(self.load.max(initial=0), fixed_top.max(initial=0)))
 
+    @property
+    def unit(self) -> int:
+        """What all offsets and tops can be multiples of, if each buffer is as low as can be."""
+        unit = np.gcd.reduce(np.concatenate([self.sizes, self.fixed[self.fixed > 0]]))
+        while (others := self.alignment[(unit % self.alignment > 0) & (self.alignment % unit > 0)]).size:
+            unit = np.gcd.reduce(others, initial=unit)
+        return int(unit)
+
     def largest(self, values: Integers) -> Integers:
         """For each buffer, the largest of the values of its sections."""
         maxima = [values]  # over runs of 1, 2, 4, ... sections; two of them cover any run
@@ -78,7 +88,7 @@ class Problem:
 
     def ordered(self, order: Integers) -> Problem:
         """The same buffers in another order."""
-        return Problem(*(getattr(self, name)[order] for name in ("first", "last", "sizes", "alignment", "fixed")))
+        return Problem(*(getattr(self, field.name)[order] for field in fields(self)))
 
     def overlaps(self) -> tuple[Integers, Integers]:
         """For each buffer, the others alive at once: those of ``b`` are ``others[start[b]:start[b + 1]]``."""

@@ -13,7 +13,9 @@ within which the same buffers are alive. What prunes:
 - If a buffer fits entirely below the next offset, it should have been placed there.
 - Where no unplaced buffer crosses from one section to the next, both sides are placed on their own.
 
-The search starts anew after some nodes, and prefers buffers in sections that made it fail.
+Which buffer is tried first at an offset is a matter of preference: its worth, and the load of its sections, of what is
+left to place when its group is made. Looking at the load that is left then, not at that of the whole, is what
+makes the difference.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from olla.place.problem import Integers
 
-__all__ = ["INFEASIBLE", "SOLVED", "UNDECIDED", "search"]
+__all__ = ["INFEASIBLE", "SOLVED", "UNDECIDED", "Floats", "search"]
+
+Floats = npt.NDArray[np.float64]
 
 SOLVED, INFEASIBLE, UNDECIDED = range(3)
 _FAR = 2**62
@@ -33,7 +38,7 @@ _ROUNDS = 4  # of raising
 
 
 class _Board(NamedTuple):
-    """What is known of each buffer, in order of preference, and of each section."""
+    """What is known of each buffer and of each section."""
 
     first: Integers  # the sections first[b] .. last[b] are those in which buffer b is alive
     last: Integers
@@ -42,6 +47,7 @@ class _Board(NamedTuple):
     fixed: Integers  # the only offset that a buffer may have; negative: any
     start: Integers  # the buffers alive together with b are others[start[b] : start[b + 1]]
     others: Integers
+    worth: Floats
     offsets: Integers  # of the placed buffers; negative: not placed
     lowest: Integers  # offset above all placed buffers that overlap
     left: Integers  # summed sizes of the unplaced buffers in each section
@@ -55,12 +61,13 @@ class _Board(NamedTuple):
 
 
 class _Groups(NamedTuple):
-    """Groups of unplaced buffers that do not overlap with those of other groups, waiting to be placed."""
+    """Groups of unplaced buffers that do not overlap with those of other groups, waiting to be placed in this order."""
 
     members: Integers
     start: Integers  # members[start[g] : end[g]]
     end: Integers
     level: Integers  # whose placement made the group; -1: none
+    ahead: Integers  # so many members, the first ones, were preferred to what was placed
     reach: Integers  # scratch: for each section, the last section of a member that begins there
 
 
@@ -74,12 +81,15 @@ def search(
     fixed: Integers,
     start: Integers,
     others: Integers,
+    worth: Floats,
+    weight: float,
     failures: Integers,
     nodes: int,
 ) -> tuple[int, int, Integers]:
-    """Place all buffers, given in order of preference: how it ended, the nodes it took, the offsets.
+    """Place all buffers: how it ended, the nodes it took, the offsets.
 
-    The arrays are those of :class:`_Board`; ``failures`` is added to.
+    The arrays are those of :class:`_Board`; ``failures`` is added to. Preferred are buffers of much worth and, by its
+    logarithm times ``weight``, of a large load.
     """
     count, sections = len(sizes), len(failures)
     left = np.zeros(sections, np.int64)
@@ -94,6 +104,7 @@ def search(
         fixed,
         start,
         others,
+        worth,
         np.full(count, -1, np.int64),
         np.maximum(fixed, 0),
         left,
@@ -110,6 +121,7 @@ def search(
         np.zeros(2 * count + 2, np.int64),
         np.zeros(2 * count + 2, np.int64),
         np.zeros(2 * count + 2, np.int64),
+        np.zeros(2 * count + 2, np.int64),
         np.zeros(sections, np.int64),
     )
     # A level places one buffer of a group. If no choice works, the placement that made the group fails.
@@ -119,7 +131,7 @@ def search(
     member_start, member_end = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
     undo_start, groups_left = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
     groups.members[:count] = np.arange(count)
-    waiting = _split(board, groups, 0, count, 0, -1)
+    waiting = _split(board, groups, 0, count, 0, -1, -1, weight)
     level, undo, visited = -1, 0, 0
     while waiting > 0:
         if visited == nodes:
@@ -128,13 +140,13 @@ def search(
         waiting -= 1
         level += 1
         maker = groups.level[waiting]
-        before, floor = (placed[maker], board.offsets[placed[maker]]) if maker >= 0 else (-1, 0)
+        floor = board.offsets[placed[maker]] if maker >= 0 else 0
         parent[level], placed[level] = maker, -1
         member_start[level], member_end[level] = groups.start[waiting], groups.end[waiting]
         groups_left[level], undo_start[level] = waiting, undo
         members = groups.members[member_start[level] : member_end[level]]
         next_choice[level] = choices_start[level]
-        found = _choose(board, members, floor, before, capacity, choices[choices_start[level] :])
+        found = _choose(board, members, floor, groups.ahead[waiting], capacity, choices[choices_start[level] :])
         choices_end[level] = choices_start[level] + found
         while True:  # until a buffer is placed, here or further up
             if placed[level] >= 0:
@@ -156,24 +168,28 @@ def search(
             if fits:
                 break
         waiting = groups_left[level] + _split(
-            board, groups, member_start[level], member_end[level], groups_left[level], level
+            board, groups, member_start[level], member_end[level], groups_left[level], level, placed[level], weight
         )
         choices_start[level + 1] = choices_end[level]
     return SOLVED, visited, board.offsets
 
 
 @njit(cache=True, nogil=True)
-def _choose(board: _Board, members: Integers, floor: int, before: int, capacity: int, choices: Integers) -> int:
-    """The members that may be placed next, after ``before`` at ``floor``, lowest first; none if not all can fit."""
+def _choose(board: _Board, members: Integers, floor: int, ahead: int, capacity: int, choices: Integers) -> int:
+    """The members that may be placed next, lowest first; none if not all can fit.
+
+    What was placed last is at ``floor``, and the first members were ``ahead`` of it.
+    """
     lowest, sizes, least = board.lowest, board.sizes, board.least
     first_section, last_section, top = _FAR, -1, _FAR
     for b in members:
         first_section = min(first_section, board.first[b])
         last_section = max(last_section, board.last[b])
         top = min(top, lowest[b] + sizes[b])  # what is placed at or above it should have let this one go first
-    for b in members:
+    for turn in range(len(members)):
+        b = members[turn]
         least[b] = lowest[b]
-        if lowest[b] < floor or (lowest[b] == floor and b < before):
+        if lowest[b] < floor or (lowest[b] == floor and turn < ahead):
             # Its turn has passed: it needs a new support.
             least[b] = _FAR
             for k in range(board.start[b], board.start[b + 1]):
@@ -190,9 +206,10 @@ def _choose(board: _Board, members: Integers, floor: int, before: int, capacity:
         if state == 0:
             break
     found = 0
-    for b in members:
+    for turn in range(len(members)):
+        b = members[turn]
         offset = lowest[b]
-        if offset == least[b] and offset < top and not (offset == floor and b < before):
+        if offset == least[b] and offset < top and not (offset == floor and turn < ahead):
             position = found
             while position > 0 and lowest[choices[position - 1]] > offset:
                 choices[position] = choices[position - 1]
@@ -267,8 +284,13 @@ def _take_back(board: _Board, buffer: int, undo_start: int, undo_end: int) -> No
 
 
 @njit(cache=True, nogil=True)
-def _split(board: _Board, groups: _Groups, start: int, end: int, waiting: int, level: int) -> int:
-    """Let the unplaced members wait in groups that no buffer connects; how many groups they make."""
+def _split(
+    board: _Board, groups: _Groups, start: int, end: int, waiting: int, level: int, placed: int, weight: float
+) -> int:
+    """Let the unplaced members wait in groups that no buffer connects; how many groups they make.
+
+    If there are several, each is put in order anew.
+    """
     members, reach = groups.members, groups.reach
     first_section, last_section = _FAR, -1
     for k in range(start, end):
@@ -292,12 +314,30 @@ def _split(board: _Board, groups: _Groups, start: int, end: int, waiting: int, l
             until = max(until, reach[inside])
             inside += 1
         groups.start[waiting + found], groups.level[waiting + found] = used, level
+        groups.ahead[waiting + found] = 0
         for k in range(start, end):
             b = members[k]
+            if b == placed:
+                groups.ahead[waiting + found] = used - groups.start[waiting + found]
             if board.offsets[b] < 0 and section <= board.first[b] <= until:
                 members[used] = b
                 used += 1
         groups.end[waiting + found] = used
         found += 1
         section = until + 1
+    if found > 1 or level < 0:
+        for group in range(waiting, waiting + found):
+            _put_in_order(board, members[groups.start[group] : groups.end[group]], weight)
+            groups.ahead[group] = 0
     return found
+
+
+@njit(cache=True, nogil=True)
+def _put_in_order(board: _Board, members: Integers, weight: float) -> None:
+    """By preference, the largest first."""
+    preference = np.empty(len(members))
+    for k in range(len(members)):
+        b = members[k]
+        load = board.left[board.first[b] : board.last[b] + 1].max()
+        preference[k] = board.worth[b] + weight * np.log(load)
+    members[:] = members[np.argsort(-preference, kind="mergesort")]

@@ -23,7 +23,7 @@ _FREE = 800  # buffers of a window; after each failure
 _GROWTH = 1.5  # times as many,
 _MOST = 3_000  # up to this many with those that stay
 _FAILURES = 3  # in a row
-_SEARCHES = 20  # of one window
+_TURNS = 7  # of searches for one window
 
 
 def rebuilt(problem: Problem, offsets: Integers, random: np.random.Generator) -> Tries:
@@ -60,11 +60,12 @@ def _below(
         part = Problem(
             np.maximum(problem.first[members], first) - first,
             np.minimum(problem.last[members], last) - first,
+            problem.lifetimes[members],
             problem.sizes[members],
             problem.alignment[members],
             np.where(stays, offsets, problem.fixed)[members],
         )
-        for status, found in searches(part, ceiling, _SEARCHES, random, np.zeros_like(part.load)):
+        for status, found in searches(part, ceiling, _TURNS, random, np.zeros_like(part.load)):
             if status == SOLVED:
                 offsets[members] = found
                 tops[within] = 0
