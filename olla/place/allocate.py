@@ -208,8 +208,8 @@ class _Search:
                 continue
             lowest = max(self.bound, (self.bound + lowest) // 2 if reached else target + unit)
             target = (lowest + self.top) // 2
-            if lowest >= self.top:  # begin again, with more searches each
-                lowest, target, turns = self.bound, self._goal, turns + _FEW_TURNS
+            if lowest >= self.top:  # begin again, with four times as many nodes
+                lowest, target, turns = self.bound, self._goal, turns + 2 * _FEW_TURNS
 
     def _improve(self, patience: int = _UNKNOWN) -> None:
         """Mend first fits, then lower the best placement, by windows only when ejections no longer do."""
