@@ -221,7 +221,7 @@ class _Search:
             pass
 
     def _gains(self, tries: Tries) -> bool:
-        """Make them for half of the time that is left at most; whether it was worth while."""
+        """Make them for a turn; whether it was worth while."""
         before = self.top
         self._try(tries, self._end_of_turn)
         return not self._ended and before - self.top > _LEAST * self.bound
@@ -232,7 +232,7 @@ class _Search:
 
     @property
     def _end_of_turn(self) -> float:
-        """Where the whole is searched for later, that is what most of the time is for."""
+        """Half of the time that is left; little of it where a search for the whole comes later."""
         return self._after(_BEFORE_SEARCH if len(self._problem.sizes) <= _SEARCHED else 0.5)
 
     def _after(self, share: float) -> float:
