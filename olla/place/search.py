@@ -13,8 +13,8 @@ within which the same buffers are alive. What prunes:
 - If a buffer fits entirely below the next offset, it should have been placed there.
 - Where no unplaced buffer crosses from one section to the next, both sides are placed on their own.
 
-Which buffer is tried first at an offset is a matter of preference: of its worth, and of the load of its sections. That is
-the load of what is left to place when its group is made, not of the whole, and that makes the difference: an
+Which buffer is tried first at an offset is a matter of preference: of its worth, and of the load of its sections.
+That is the load of what is left to place when its group is made, not of the whole, and that makes the difference: an
 instance of MiniMalloc's (I) takes 4,469 nodes so, and more than a million otherwise.
 """
 
