@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from olla import Buffer, InfeasibleError, InvalidBuffersError, Placement, allocate
 from olla.place.eject import lowered
 from olla.place.greedy import first_fits, mended_fits
-from olla.place.problem import Problem
+from olla.place.problem import Integers, Problem
 from olla.place.restarts import _luby, searches
-from olla.place.search import INFEASIBLE, SOLVED, UNDECIDED, search
+from olla.place.search import INFEASIBLE, SOLVED, UNDECIDED, Floats, search
 from olla.place.tiles import empty_tiles, insert, lowest_free, neighbours, remove
 from olla.place.windows import rebuilt
 
@@ -36,6 +36,23 @@ def buffers(draw: st.DrawFn, most: int = 8) -> list[Buffer]:
         fixed = draw(st.integers(0, 3)) * alignment if index == 0 and draw(st.booleans()) else None
         result.append(Buffer(lower, lower + draw(st.integers(1, 5)), draw(st.integers(0, 9)), alignment, fixed))
     return result
+
+
+def searched(problem: Problem, capacity: int, worth: Floats, weight: float) -> tuple[int, int, Integers]:
+    """What one search within a capacity comes to: how it ended, its nodes, the offsets."""
+    return search(
+        capacity,
+        problem.first,
+        problem.last,
+        problem.sizes,
+        problem.alignment,
+        problem.fixed,
+        *problem.overlaps(),
+        worth,
+        weight,
+        np.zeros_like(problem.load),
+        10**6,
+    )
 
 
 def conflicts(buffers: list[Buffer], placement: Placement) -> list[str]:
@@ -191,20 +208,8 @@ class AllocateTest(unittest.TestCase):
         solid = [buffer for buffer in given if buffer.size]
         problem = Problem.of(solid)
         capacity = optimum(given) + slack
-        blame = np.zeros(len(problem.load), np.int64)
-        status, _, offsets = search(
-            capacity,
-            problem.first,
-            problem.last,
-            problem.sizes,
-            problem.alignment,
-            problem.fixed,
-            *problem.overlaps(),
-            np.array([data.draw(st.floats(-3, 3)) for _ in solid]),
-            data.draw(st.sampled_from([0.0, 1.0, 1e9])),
-            blame,
-            10**6,
-        )
+        worth = np.array([data.draw(st.floats(-3, 3)) for _ in solid])
+        status, _, offsets = searched(problem, capacity, worth, data.draw(st.sampled_from([0.0, 1.0, 1e9])))
         top = int((offsets + problem.sizes).max(initial=0))
         if slack < 0 and solid:
             fits = problem.fixed + problem.sizes <= capacity
@@ -263,20 +268,20 @@ class AllocateTest(unittest.TestCase):
     def test_every_search_may_place_all_buffers(self) -> None:
         problem = Problem.of([Buffer(t, t + 2, 1) for t in range(1_500)])
         undecided = UNDECIDED, 0, np.zeros(1_500, np.int64)
-        with mock.patch("olla.place.restarts.search", return_value=undecided) as searched:
+        with mock.patch("olla.place.restarts.search", return_value=undecided) as called:
             found = list(searches(problem, 2, 6, np.random.default_rng(0), np.zeros_like(problem.load)))
-        self.assertEqual((len(found), searched.call_count), (12, 12))
-        self.assertGreater(min(call.args[-1] for call in searched.call_args_list), 1_500)
+        self.assertEqual((len(found), called.call_count), (12, 12))
+        self.assertGreater(min(call.args[-1] for call in called.call_args_list), 1_500)
 
     def test_searches_prefer_the_longest_in_time_then_in_sections_then_the_largest(self) -> None:
         long, wide, large = Buffer(0, 99, 1), Buffer(99, 109, 2), Buffer(109, 114, 100)
         beside = [Buffer(t, t + 1, 1) for t in range(99, 114)]  # a section each
         problem = Problem.of([long, wide, large, *beside])
         undecided = UNDECIDED, 0, np.zeros(len(problem.sizes), np.int64)
-        with mock.patch("olla.place.restarts.search", return_value=undecided) as searched:
+        with mock.patch("olla.place.restarts.search", return_value=undecided) as called:
             list(searches(problem, 101, 5, np.random.default_rng(0), np.zeros_like(problem.load)))
         listed = [
-            int(worth.argmax()) for *_, worth, weight, _, _ in (c.args for c in searched.call_args_list) if weight > 9
+            int(worth.argmax()) for *_, worth, weight, _, _ in (c.args for c in called.call_args_list) if weight > 9
         ]
         self.assertEqual(listed, [0, 1, 2])
 
@@ -290,19 +295,7 @@ class AllocateTest(unittest.TestCase):
         length, load = (np.log(of) for of in (problem.last - problem.first + 1, problem.largest(problem.load)))
         nodes = []
         for worth, weight in ((1e6 * length, 1e9), (1e6 * length + 1e9 * load, 0.0)):
-            status, visited, _ = search(
-                problem.bound,
-                problem.first,
-                problem.last,
-                problem.sizes,
-                problem.alignment,
-                problem.fixed,
-                *problem.overlaps(),
-                worth,
-                weight,
-                np.zeros_like(problem.load),
-                10**6,
-            )
+            status, visited, _ = searched(problem, problem.bound, worth, weight)
             self.assertEqual(status, SOLVED)
             nodes.append(visited)
         self.assertEqual(nodes[0], len(lives))  # none in vain
