@@ -20,7 +20,7 @@ from olla.run.products import choose_products, restore_products
 from olla.torch_private import trace_fake
 
 aten = ops.aten
-MAY_BE_FASTER = products._may_be_faster()
+MAY_BE_FASTER = products._onednn_may_be_faster()
 SHAPES = [(64, 64, 64), (37, 200, 51), (2050, 256, 30), (30, 385, 1030), (2049, 64, 1025), (96, 2000, 128)]
 SPECIAL = [0.0, -0.0, 1e-40, -1e-30, torch.inf, -torch.inf, torch.nan, 3e38]
 LAYOUTS = (((300, 400), (400, 1), 0), ((400, 500), (1, 400), 8))
@@ -115,7 +115,7 @@ class MachineTest(unittest.TestCase):
         capability, maker = "torch.backends.cpu.get_cpu_capability", "olla.run.products._is_of_intel"
         for name, value in (("platform.machine", "aarch64"), (capability, "AVX2"), (maker, True)):
             with self.subTest(name), mock.patch(name, return_value=value):
-                self.assertFalse(products._may_be_faster.__wrapped__())
+                self.assertFalse(products._onednn_may_be_faster.__wrapped__())
 
 
 @only_here
