@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from eager import EagerTestCase, Side, sgd, side
@@ -16,8 +17,10 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import olla
-from olla.capture.trial import Footprint, footprint, separable
-from olla.capture.updates import UpdateRecorder, chunks
+from olla.capture import pieces
+from olla.capture.pieces import piece_bytes, pieces_of, update_in_pieces
+from olla.capture.trial import Footprint, divisible, footprint, separable
+from olla.capture.updates import Update, UpdateRecorder, chunks
 from olla.torch_private import FakeTensorMode
 
 
@@ -106,13 +109,38 @@ def labels() -> Tensor:
     return torch.randint(0, 5, (4,))
 
 
+def in_pieces_of(size: int) -> Any:
+    """Update all that is larger, in bytes, in pieces."""
+    return mock.patch.object(pieces, "_MOST", size)
+
+
 class OptimizersTest(EagerTestCase):
-    def check(self, make: Callable[[Any], optim.Optimizer], *, separable: bool = True, model: Any = Net) -> None:
+    def check(
+        self,
+        make: Callable[[Any], optim.Optimizer],
+        *,
+        separable: bool = True,
+        divisible: bool = True,
+        model: Any = Net,
+    ) -> None:
         torch.manual_seed(0)
         net = model()
         recorder = UpdateRecorder([make(net.parameters())])
         self.assertEqual(list(recorder._separable.values()), [separable])
-        self.assert_training_same(net, images, loss_fn=F.cross_entropy, targets=labels, make_optimizer=make)
+        training = {"loss_fn": F.cross_entropy, "targets": labels, "make_optimizer": make}
+        self.assert_training_same(net, images, **training)
+        calls = 0
+
+        def update(*arguments: Any) -> None:  # no mock, which would keep gradients
+            nonlocal calls
+            calls += 1
+            update_in_pieces(*arguments)
+
+        with in_pieces_of(100), mock.patch("olla.capture.updates.update_in_pieces", update):
+            recorder = UpdateRecorder([make(net.parameters())])
+            self.assertEqual(list(recorder._divisible.values()), [divisible])
+            self.assert_training_same(net, images, **training)
+        self.assertEqual(calls > 0, divisible)
 
     def test_sgd(self) -> None:
         self.check(lambda p: optim.SGD(p, lr=0.1))
@@ -130,7 +158,7 @@ class OptimizersTest(EagerTestCase):
         self.check(lambda p: optim.Adam(p, amsgrad=True))
 
     def test_adamw_fused(self) -> None:
-        self.check(lambda p: optim.AdamW(p, fused=True))
+        self.check(lambda p: optim.AdamW(p, fused=True), divisible=False)
 
     def test_adamw_foreach(self) -> None:
         self.check(lambda p: optim.AdamW(p, foreach=True))
@@ -160,10 +188,10 @@ class OptimizersTest(EagerTestCase):
         self.check(optim.ASGD)
 
     def test_adafactor(self) -> None:
-        self.check(optim.Adafactor)
+        self.check(optim.Adafactor, divisible=False)
 
     def test_muon(self) -> None:
-        self.check(optim.Muon, model=Matrices)
+        self.check(optim.Muon, divisible=False, model=Matrices)
 
     def test_third_party(self) -> None:
         self.check(lambda p: SignOfMomentum(p, lr=0.01))
@@ -186,7 +214,7 @@ class OptimizersTest(EagerTestCase):
             )
 
     def test_one_that_couples_all_parameters(self) -> None:
-        self.check(lambda p: NormalizedTogether(p, lr=0.1), separable=False)
+        self.check(lambda p: NormalizedTogether(p, lr=0.1), separable=False, divisible=False)
 
     def test_lbfgs_calls_the_planned_step_back(self) -> None:
         torch.manual_seed(0)
@@ -350,6 +378,105 @@ class TrialTest(EagerTestCase):
         self.assert_same([(p.detach(), p.grad) for p in net.parameters()], before, "parameters and gradients")
         self.assertEqual((optimizer.book, optimizer.count.item()), ([], 0))
         self.assertTrue(torch.equal(torch.get_rng_state(), random_state))
+
+
+class PiecesTest(EagerTestCase):
+    """Some rows of a parameter after the others."""
+
+    def assert_updated_same(self, make: Callable[[Any], optim.Optimizer], *parameters: Tensor) -> None:
+        """Three steps of eager PyTorch, and of updates in pieces, with a learning rate that changes."""
+        ours = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        theirs = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        planned, eager = make(ours), make(theirs)
+        for number in range(3):
+            for optimizer in (planned, eager):
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.1 / (1 + number)
+            for one, other in zip(ours, theirs, strict=True):
+                other.grad = torch.randn_like(other)
+                with in_pieces_of(1000):
+                    Update(planned, [one], whole=False, in_pieces=True)(other.grad.clone())
+            eager.step()
+        self.assert_same([*map(Tensor.detach, ours)], [*map(Tensor.detach, theirs)], "parameters")
+        self.assertTrue(all(one.grad is None for one in ours))
+        self.assertEqual(len(planned.state), len(eager.state))  # no piece is left
+        for one, other in zip(ours, theirs, strict=True):
+            self.assert_same(dict(planned.state[one]), dict(eager.state[other]), "state")
+
+    def test_parameters_of_any_layout(self) -> None:
+        torch.manual_seed(0)
+        parameters = (
+            torch.randn(1001),
+            torch.randn(3, 700),  # each row is a piece
+            torch.randn(40, 5, 3, 3).to(memory_format=torch.channels_last),
+            torch.randn(30, 50).t(),
+            torch.randn(7),
+        )
+        for make in (optim.AdamW, optim.Adagrad, lambda p: optim.SGD(p, lr=0.1), lambda p: optim.SGD(p, momentum=0.9)):
+            self.assert_updated_same(make, *parameters)
+
+    def test_state_that_is_not_new(self) -> None:
+        for make in (lambda p: optim.AdamW([{"params": p[:1]}, {"params": p[1:], "betas": (0.5, 0.6)}]), Accumulating):
+            self.assert_updated_same(make, torch.randn(90, 40), torch.randn(80, 50))
+
+    def test_momentum_that_comes_later(self) -> None:
+        eager, planned = nn.Parameter(torch.randn(600)), nn.Parameter(torch.zeros(600))
+        planned.data.copy_(eager.detach())
+        theirs, ours = optim.SGD([eager], lr=0.1), optim.SGD([planned], lr=0.1)
+        for momentum in (0.0, 0.9, 0.9):
+            for optimizer in (theirs, ours):
+                optimizer.param_groups[0]["momentum"] = momentum
+            eager.grad = torch.randn(600)
+            with in_pieces_of(1000):
+                Update(ours, [planned], whole=False, in_pieces=True)(eager.grad.clone())
+            theirs.step()
+        self.assert_same(planned.detach(), eager.detach(), "parameter")
+        self.assert_same(dict(ours.state[planned]), dict(theirs.state[eager]), "state")
+
+    def test_a_failure_leaves_the_optimizer_as_it_was(self) -> None:
+        parameter = nn.Parameter(torch.randn(600))
+        optimizer = optim.Adam([parameter])
+        with in_pieces_of(1000):
+            update = Update(optimizer, [parameter], whole=False, in_pieces=True)
+        groups = optimizer.param_groups
+        interrupted = mock.patch.object(torch.Tensor, "addcdiv_", side_effect=KeyboardInterrupt)
+        with interrupted, self.assertRaises(KeyboardInterrupt):
+            update(torch.randn(600))
+        self.assertIs(optimizer.param_groups, groups)
+        self.assertEqual([id(p) for p in groups[0]["params"]], [id(parameter)])
+        self.assertLessEqual(set(optimizer.state), {parameter})
+
+    def test_pieces_are_about_as_large_as_each_other(self) -> None:
+        with in_pieces_of(1000):
+            self.assertEqual([each.stop - each.start for each in pieces_of(torch.empty(101, 5))], [34, 34, 33])
+            self.assertEqual(piece_bytes(torch.empty(101, 5)), 34 * 5 * 4)
+            self.assertEqual(len(pieces_of(torch.empty(3, 700))), 3)
+            for small in (torch.empty(50, 5), torch.empty(()), torch.empty(0, 5)):
+                self.assertEqual((pieces_of(small), piece_bytes(small)), ([], small.nbytes))
+
+    def test_what_takes_rows_together_is_found_out(self) -> None:
+        vector, matrix = nn.Parameter(torch.randn(50)), nn.Parameter(torch.randn(5, 60))
+        with in_pieces_of(100):
+            self.assertTrue(divisible(optim.Adam([vector, matrix])))
+            self.assertFalse(divisible(NormalizedTogether([vector], lr=0.1)))
+            self.assertFalse(divisible(optim.Adafactor([vector, matrix])))
+        self.assertFalse(divisible(optim.Adam([vector, matrix])))  # which are small
+
+    def test_the_plan_holds_what_a_piece_needs(self) -> None:
+        model = nn.Embedding(4096, 256)
+        optimizer = optim.AdamW(model.parameters())
+        training = {"loss_fn": lambda out: out.square().mean(), "optimizer": optimizer}
+        inputs = torch.randint(0, 4096, (4,))
+        whole = 4096 * 256 * 4
+        with in_pieces_of(2**30):
+            self.assertGreater(olla.plan(model, inputs, **training).peak_bytes, 1.9 * whole)
+        with in_pieces_of(whole // 8):
+            step = olla.optimize(model, inputs, **training)
+            self.assertLess(step.plan.peak_bytes, 1.4 * whole)
+            measured = step.measure(inputs)
+        self.assertTrue(measured.exact)
+        eager = olla.plan(model, inputs, **training).baseline_peak_bytes
+        self.assertAlmostEqual(step.plan.baseline_peak_bytes / eager, 1, delta=1e-4)
 
 
 class ChunksTest(unittest.TestCase):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.optim import Optimizer
 
-from olla.capture.trial import separable
+from olla.capture.trial import divisible, separable
 from olla.capture.updates import Update, is_watched, needs_closure
 from olla.errors import CaptureError, ExecutionError, InvalidOptionError
 from olla.torch_private import graph_task, has_gradient_hooks, is_called_by_scaler, will_accumulate
@@ -33,6 +33,7 @@ class BackwardOptimizer:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)  # it holds this object, by the hook
+        self._divisible = divisible(optimizer)
         self._watched: dict[int, _Watched] = {}  # id of a parameter -> what is known of its gradient
         self._updated: set[int] = set()  # since the last step
         self._task = -1  # the backward pass that ...
@@ -77,9 +78,12 @@ class BackwardOptimizer:
                 left.append(gradient)
         for pairs in due.values():
             self._updated.update(id(parameter) for parameter, _ in pairs)
-            update = Update(optimizer, [parameter for parameter, _ in pairs], whole=False)
-            update(*(gradient for _, gradient in pairs))
+            self.updating(optimizer, [parameter for parameter, _ in pairs])(*(gradient for _, gradient in pairs))
         return left
+
+    def updating(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> Update:
+        """What updates these, given their gradients; they are of one group of the ``optimizer``."""
+        return Update(optimizer, parameters, whole=False, in_pieces=self._divisible)
 
     def _is_due(self, parameter: Tensor, gradient: Tensor) -> bool:
         """Whether ``gradient`` is all that ``parameter`` gets before the next step."""

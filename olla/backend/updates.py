@@ -80,13 +80,16 @@ def op_of_update(op: Op, node: fx.Node, state: int, after: Sequence[int]) -> tup
     """
     optimizer, parameters = node.meta[_UPDATES]
     needs = [footprint(optimizer, parameter) for parameter in parameters]
+    eager = max(need.workspace for need in needs)
+    workspace = BackwardOptimizer.of(optimizer).updating(optimizer, parameters).workspace(eager)
     names = " and ".join(argument.name for argument in cast("Sequence[fx.Node]", node.args[0]))
     update = Op(
         f"update {names}",
         reads=tuple(after),
         writes=(*op.reads, state),
-        workspace=max(need.workspace for need in needs),
+        workspace=workspace,
         backward=True,
+        reused=eager - workspace,
     )
     return update, Storage(f"optimizer state of {names}", sum(need.state for need in needs), persistent=True)
 

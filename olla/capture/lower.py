@@ -137,7 +137,8 @@ class _Builder:
             if storage_key(tensor) not in self.ids
         ]
         self.results[node] = tuple(self.ids[storage_key(tensor)] for tensor in _tensors(node))
-        self._append(node, _name(node), creates, reads, writes, workspace_bytes(node), once)
+        spared = spared_bytes(node) + (_tensors(node)[0].untyped_storage().nbytes() if node in self.reused else 0)
+        self._append(node, _name(node), creates, reads, writes, workspace_bytes(node), once, spared)
 
     def add_update(self, node: fx.Node) -> None:
         slot = node.args[2]
@@ -145,10 +146,10 @@ class _Builder:
         update, names = self.updates[slot], self.parameters
         label = "all" if update.whole else " and ".join(names[id(p)] for p in update.parameters_updated)
         writes = self.existing(node.all_input_nodes)
-        workspace = 0
+        eager = 0
         for parameter in update.parameters_updated:
             needs = footprint(update.optimizer, parameter)
-            workspace = max(workspace, needs.workspace)
+            eager = max(eager, needs.workspace)
             key = (id(update.optimizer), id(parameter))
             if key not in self.optimizer_state:
                 self.optimizer_state[key] = len(self.storages)
@@ -157,7 +158,8 @@ class _Builder:
             writes |= {self.optimizer_state[key]}
         if update.whole:
             writes |= {self._generator()}  # it may draw random numbers
-        self._append(node, f"update {label}", [], set(), writes, workspace)
+        workspace = update.workspace(eager)
+        self._append(node, f"update {label}", [], set(), writes, workspace, spared=eager - workspace)
 
     def existing(self, nodes: Iterable[fx.Node]) -> set[int]:
         return {self.ids[storage_key(tensor)] for node in nodes for tensor in _tensors(node)}
@@ -171,6 +173,7 @@ class _Builder:
         writes: set[int],
         workspace: int,
         writes_once: Iterable[int] = (),
+        spared: int = 0,
     ) -> None:
         self.ops.append(
             Op(
@@ -182,8 +185,7 @@ class _Builder:
                 source=node.meta.get("source", ""),
                 backward=node.meta.get("backward", False),
                 writes_once=tuple(sorted(writes_once)),
-                reused=spared_bytes(node)
-                + (_tensors(node)[0].untyped_storage().nbytes() if node in self.reused else 0),
+                reused=spared,
             )
         )
         self.nodes.append(node)

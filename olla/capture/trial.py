@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from olla.capture.pieces import Narrowed, group_of, pieces_of, update_in_pieces
 from olla.torch_private import FakeTensor, TorchDispatchMode, flatten, real_tensors, remove_step_hooks
 
-__all__ = ["Footprint", "Narrowed", "footprint", "hyper_parameters", "separable"]
+__all__ = ["Footprint", "divisible", "footprint", "hyper_parameters", "separable"]
 
 _PRIMES = (101, 53, 7, 5, 3)  # sizes of tiny dimensions, all different, so that they can be told apart
 _PER_GROUP = 3
+_PIECES = [slice(row, row + 2) for row in range(0, _PRIMES[0], 2)]  # so small that vectors leave much of them over
+_SCALES = (1.0, 1e4, 1e-4)  # of gradients in three steps, so different that a clipping by a norm over all would show
 # What an optimizer may raise that wants something tiny dense gradients are not.
 _REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
@@ -36,44 +39,19 @@ class Footprint:
     workspace: int  # only during the update
 
 
-class Narrowed:
-    """Inside of it, ``optimizer`` believes that ``parameters``, all of one group, are all it has."""
-
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-        self._optimizer, self._only = optimizer, parameters
-        self._groups = optimizer.param_groups
-        self._group = _group_of(optimizer, parameters[0])
-        self._everything = self._group["params"]
-
-    def __enter__(self) -> None:
-        try:
-            self._optimizer.param_groups = [self._group]
-            self._group["params"] = list(self._only)
-        except BaseException:  # a signal, perhaps
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        self._group["params"] = self._everything
-        self._optimizer.param_groups = self._groups
-
-
 def hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters."""
     return {name: value for name, value in group.items() if name != "params"}
 
 
 def separable(optimizer: Optimizer) -> bool:
-    """Whether updating parameters one by one, last first, gives the bits of one joint step.
-
-    Three steps with gradients of very different size, so that a clipping by a norm over all would show.
-    """
+    """Whether updating parameters one by one, last first, gives the bits of one joint step."""
     groups = [{**group, "params": group["params"][:_PER_GROUP]} for group in optimizer.param_groups]
 
     def same(state: _State) -> bool:
         joint, single = _Trial.of(optimizer, groups, state), _Trial.of(optimizer, groups, state)
         generator = torch.Generator().manual_seed(0)
-        for scale in (1.0, 1e4, 1e-4):
+        for scale in _SCALES:
             gradients = [_random(p.shape, generator).mul_(scale).to(p) for p in joint.parameters]
             for trial in (joint, single):
                 trial.set_gradients(gradients)
@@ -87,9 +65,39 @@ def separable(optimizer: Optimizer) -> bool:
     return _tried(optimizer, same) or False
 
 
+def divisible(optimizer: Optimizer) -> bool:
+    """Whether it has large parameters, and updating some of their rows after the others gives the bits of one update.
+
+    Fused optimizers do not, on CPUs, whose kernels round what vectors leave over in another way than the rest.
+    """
+    groups = [
+        {
+            **group,
+            "params": [*{parameter.dim(): parameter for parameter in filter(pieces_of, group["params"])}.values()],
+        }
+        for group in optimizer.param_groups
+    ]
+    if not any(group["params"] for group in groups):
+        return False
+
+    def same(state: _State) -> bool:
+        whole, divided = _Trial.of(optimizer, groups, state), _Trial.of(optimizer, groups, state)
+        generator = torch.Generator().manual_seed(0)
+        for scale in _SCALES:
+            for one, other in zip(whole.parameters, divided.parameters, strict=True):
+                gradient = _random(one.shape, generator).mul_(scale).to(one)
+                one.grad = gradient.clone()
+                with Narrowed(whole.optimizer, (one,)):
+                    whole.step()
+                update_in_pieces(divided.optimizer, lambda _: divided.step(), other, gradient, _PIECES)
+        return whole.moved and whole.equals(divided)
+
+    return _tried(optimizer, same) or False
+
+
 def footprint(optimizer: Optimizer, parameter: Tensor) -> Footprint:
     """The footprint of updating ``parameter``: of its live state, if there is one, else as tried out."""
-    group = {**_group_of(optimizer, parameter), "params": [parameter]}
+    group = {**group_of(optimizer, parameter), "params": [parameter]}
     live = optimizer.state.get(parameter, {})
 
     def measured(state: _State) -> Footprint:
@@ -161,11 +169,12 @@ class _Trial:
         return not all(torch.equal(a, b) for a, b in zip(self.parameters, self._first, strict=True))
 
     def equals(self, other: _Trial) -> bool:
-        """Whether parameters and hyper-parameters (some optimizers count steps there) are the same."""
+        """Whether parameters, their state, and hyper-parameters (some optimizers count steps there) are the same."""
         groups = zip(self.optimizer.param_groups, other.optimizer.param_groups, strict=True)
-        return all(torch.equal(a, b) for a, b in zip(self.parameters, other.parameters, strict=True)) and all(
-            hyper_parameters(mine) == hyper_parameters(theirs) for mine, theirs in groups
-        )
+        return all(
+            torch.equal(a, b) and _is_same_state(self.optimizer.state.get(a, {}), other.optimizer.state.get(b, {}))
+            for a, b in zip(self.parameters, other.parameters, strict=True)
+        ) and all(hyper_parameters(mine) == hyper_parameters(theirs) for mine, theirs in groups)
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -213,6 +222,13 @@ def _alike(value: Any, parameter: Tensor, tiny: Tensor) -> Any:
     return tiny.new_full(tiny.shape, value.flatten()[0].item(), dtype=value.dtype) if of_tiny else value.clone()
 
 
+def _is_same_state(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
+        for name, value in one.items()
+    )
+
+
 def _own_copy(value: Any) -> Any:
     """A copy of an attribute that a step may change in place."""
     if isinstance(value, Tensor):
@@ -238,13 +254,6 @@ class _PeakOfNewTensors(TorchDispatchMode):
         alive = [tensor for tensor in (reference() for reference in self._live.values()) if tensor is not None]
         self.peak = max(self.peak, sum(tensor.nbytes for tensor in alive))
         return result
-
-
-def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    first, *others = optimizer.param_groups
-    if not others:  # what is asked for each update is not looked for
-        return first
-    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 
 def _tiny(parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,8 @@
 So every optimizer works, numbers are those of eager PyTorch, and hyper-parameters are read when
 the step runs. An optimizer that treats parameters separately gets one op per parameter (or per few,
 where they are small), and a gradient can be used up as soon as it exists; any other gets one op
-over all. Which kind it is gets tried out on tiny parameters, not looked up in a list.
+over all. If it even treats the elements of a parameter separately, a large one is updated in pieces. Which kind it is
+gets tried out on tiny parameters, not looked up in a list.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from olla.capture.trial import Narrowed, hyper_parameters, separable
+from olla.capture.pieces import Narrowed, piece_bytes, pieces_of, update_in_pieces
+from olla.capture.trial import divisible, hyper_parameters, separable
 from olla.errors import CaptureError
 from olla.torch_private import bare_step, has_step_hooks, is_wrapped_by_scheduler
 
@@ -39,14 +41,20 @@ class Update:
     module, and the optimizer's step is called without its hooks.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], *, whole: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], *, whole: bool, in_pieces: bool = False
+    ) -> None:
         self.optimizer = optimizer
         self.parameters_updated = tuple(parameters)  # in the order of the gradients
         self.whole = whole
+        self._pieces = pieces_of(parameters[0]) if in_pieces and len(parameters) == 1 else []
         self._bare_step = bare_step(optimizer)
 
     def __call__(self, *gradients: Tensor) -> None:
         """Update the parameters; the optimizer's state changes as in ``optimizer.step()``."""
+        if self._pieces and gradients[0].layout == torch.strided:
+            update_in_pieces(self.optimizer, self._bare_step, *self.parameters_updated, *gradients, self._pieces)
+            return
         for parameter, gradient in zip(self.parameters_updated, gradients, strict=True):
             parameter.grad = gradient
         try:
@@ -59,6 +67,13 @@ class Update:
             for parameter in self.parameters_updated:
                 parameter.grad = None
 
+    def workspace(self, eager: int) -> int:
+        """Bytes that it holds while it runs, where one update of the whole parameter holds ``eager``."""
+        if not self._pieces:
+            return eager
+        (parameter,) = self.parameters_updated
+        return eager * piece_bytes(parameter) // parameter.nbytes
+
 
 class UpdateRecorder:
     """Stands in for ``optimizer.step`` while a step is traced: a call records ops instead of updating.
@@ -70,6 +85,9 @@ class UpdateRecorder:
         self._separable = {
             id(optimizer): not is_watched(optimizer) and not needs_closure(optimizer) and separable(optimizer)
             for optimizer in optimizers
+        }
+        self._divisible = {
+            id(optimizer): self._separable[id(optimizer)] and divisible(optimizer) for optimizer in optimizers
         }
         self.updates: list[Update] = []
         self.consumed: set[int] = set()  # ids of the live parameters that were updated
@@ -117,7 +135,8 @@ class UpdateRecorder:
         with torch.no_grad():
             gradients = [cast(Tensor, twin.grad) for _, twin in pairs]
             torch.ops.olla.update([twin for _, twin in pairs], gradients, len(self.updates))
-        self.updates.append(Update(optimizer, [parameter for parameter, _ in pairs], whole=whole))
+        in_pieces = self._divisible[id(optimizer)]
+        self.updates.append(Update(optimizer, [parameter for parameter, _ in pairs], whole=whole, in_pieces=in_pieces))
         self.consumed.update(id(parameter) for parameter, _ in pairs)
 
 
