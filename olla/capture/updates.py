@@ -53,7 +53,8 @@ class Update:
     def __call__(self, *gradients: Tensor) -> None:
         """Update the parameters; the optimizer's state changes as in ``optimizer.step()``."""
         if self._pieces and gradients[0].layout == torch.strided:
-            update_in_pieces(self.optimizer, self._bare_step, *self.parameters_updated, *gradients, self._pieces)
+            (parameter,), (gradient,) = self.parameters_updated, gradients
+            update_in_pieces(self.optimizer, self._bare_step, parameter, gradient, self._pieces)
             return
         for parameter, gradient in zip(self.parameters_updated, gradients, strict=True):
             parameter.grad = gradient
