@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 __all__ = ["Narrowed", "group_of", "piece_bytes", "pieces_of", "update_in_pieces"]
 
-_MOST = 4 * 2**20  # bytes of a parameter that are updated at once,
+_MOST = 8 * 2**20  # bytes of a parameter that are updated at once,
 _MOST_ON_GPUS = 64 * 2**20  # where it is calls that take time
 
 

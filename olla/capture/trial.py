@@ -66,9 +66,10 @@ def separable(optimizer: Optimizer) -> bool:
 
 
 def divisible(optimizer: Optimizer) -> bool:
-    """Whether it has large parameters, and updating some of their rows after the others gives the bits of one update.
+    """Whether updates of large parameters hold something besides, and those of some rows after others give the same.
 
-    Fused optimizers do not, on CPUs, whose kernels round what vectors leave over in another way than the rest.
+    The same bits, that is. Fused optimizers do not, on CPUs, whose kernels round what vectors leave over in another way
+    than the rest. What holds nothing besides, such as SGD without weight decay, would only take longer.
     """
     groups = [
         {
@@ -83,14 +84,17 @@ def divisible(optimizer: Optimizer) -> bool:
     def same(state: _State) -> bool:
         whole, divided = _Trial.of(optimizer, groups, state), _Trial.of(optimizer, groups, state)
         generator = torch.Generator().manual_seed(0)
+        held = 0.0
         for scale in _SCALES:
             for one, other in zip(whole.parameters, divided.parameters, strict=True):
                 gradient = _random(one.shape, generator).mul_(scale).to(one)
                 one.grad = gradient.clone()
-                with Narrowed(whole.optimizer, (one,)):
+                with Narrowed(whole.optimizer, (one,)), _PeakOfNewTensors() as new:
                     whole.step()
                 update_in_pieces(divided.optimizer, lambda _: divided.step(), other, gradient, _PIECES)
-        return whole.moved and whole.equals(divided)
+                if scale == _SCALES[-1]:  # its state is there
+                    held = max(held, new.peak / one.nbytes)
+        return held > 0.5 and whole.moved and whole.equals(divided)
 
     return _tried(optimizer, same) or False
 
