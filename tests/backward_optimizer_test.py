@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torchvision
@@ -24,6 +25,7 @@ from olla.backend.backend import olla
 from olla.backend.joint import Joint, joint_of
 from olla.backend.split import split
 from olla.backend.updates import insert_updates, is_update
+from olla.capture import pieces
 from olla.capture.trial import Footprint, footprint
 from olla.errors import CaptureError, ExecutionError, InvalidOptionError
 from olla.run.emit import emit
@@ -118,6 +120,20 @@ class Models(OptimizerTestCase):
         for make in (sgd, adamw):
             with self.subTest(make.__name__):
                 self.assert_saves(model, lambda net: net(x).square().mean(), make)
+
+    def test_large_weights_are_updated_in_pieces(self) -> None:
+        model, x = nn.Sequential(nn.Linear(256, 2048), nn.Linear(2048, 4)), torch.randn(3, 256)
+
+        def call(net: Callable[..., Any]) -> Tensor:
+            return net(x).square().mean()
+
+        peaks = list[int]()
+        for most in (2**30, 2**18):
+            with mock.patch.object(pieces, "_MOST", most):
+                planned = self.assert_training_same_as_eager(model, call, adamw)
+                peaks.append(self.peak_of_step(planned, call))
+        largest = model[0].weight.nbytes
+        self.assertLess(peaks[1], peaks[0] - largest + 2**18 + 10_000)
 
     @slow
     def test_resnet18(self) -> None:
