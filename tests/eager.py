@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
@@ -155,6 +156,23 @@ class EagerTestCase(unittest.TestCase):
         replay = step._current.replay
         self.assertIsNotNone(replay, step._current.not_executed or "the step did not settle")
         self.assertEqual((replay.counts.missed, replay.counts.escapes), (0, 0))
+
+    def assert_compiled_same(
+        self, model: nn.Module, inputs: Callable[[], Any], targets: Callable[[], Tensor]
+    ) -> set[str]:
+        """Train a copy that is compiled with OLLA and one that is not; the operators that were called."""
+        eager, compiled = side(model, sgd), side(copy.deepcopy(model), sgd)
+        planned = torch.compile(compiled.model, backend="olla")
+        with torch.profiler.profile() as profile:
+            for _ in range(4):
+                x, y = inputs(), targets()
+                for module, optimizer in ((eager.model, eager.optimizer), (planned, compiled.optimizer)):
+                    assert optimizer is not None
+                    F.cross_entropy(module(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        self.assert_sides_same(compiled, eager)
+        return {event.key for event in profile.key_averages()}
 
     def assert_inference_same(self, model: nn.Module, inputs: Callable[[], Any], steps: int = 4) -> olla.Step:
         model.eval()

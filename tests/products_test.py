@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import unittest
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from eager import EagerTestCase, sgd, side
+from eager import EagerTestCase, sgd
 from torch import Tensor, fx, nn, ops
 from torch.nn import functional as F
 
@@ -152,18 +151,7 @@ class StepTest(EagerTestCase):
         self.assertNotIn(ops.olla.mm.default, targets)
 
     def test_compiled_models_call_them(self) -> None:
-        eager, compiled = side(self.model, sgd), side(copy.deepcopy(self.model), sgd)
-        model = torch.compile(compiled.model, backend="olla")
-        with torch.profiler.profile() as profile:
-            for _ in range(4):
-                inputs, targets = self.inputs(), self.targets()
-                for module, optimizer in ((eager.model, eager.optimizer), (model, compiled.optimizer)):
-                    assert optimizer is not None
-                    F.cross_entropy(module(inputs), targets).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-        self.assertIn("olla::mm", {event.key for event in profile.key_averages()})
-        self.assert_sides_same(compiled, eager)
+        self.assertIn("olla::mm", self.assert_compiled_same(self.model, self.inputs, self.targets))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import unittest
 from fractions import Fraction
 from functools import reduce
 from typing import Any
+from unittest import mock
 
 import torch
-from eager import EagerTestCase, sgd, side
+from eager import EagerTestCase
 from torch import Tensor, fx, nn, ops
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ UNIT = 2.0**-149  # the least of all floats
 COLUMNS = 32  # that are added up together
 
 can_be_called = unittest.skipUnless(products._has_ours(), "the processor has no vectors, or there is no compiler")
+any_time = mock.patch.object(products, "_FASTER", float("inf"))  # bits decide alone
 are_slow = unittest.skipUnless(products._subnormals_are_slow(), "subnormal numbers are not slow, or ours not there")
 
 
@@ -151,6 +152,7 @@ class Attention(nn.Module):
 
 
 @are_slow
+@any_time
 class StepTest(EagerTestCase):
     def setUp(self) -> None:
         torch.manual_seed(0)
@@ -174,18 +176,7 @@ class StepTest(EagerTestCase):
         self.assertEqual(self.count(self.assert_inference_same(self.model, self.inputs)), 1)
 
     def test_compiled_models_call_them(self) -> None:
-        eager, compiled = side(self.model, sgd), side(copy.deepcopy(self.model), sgd)
-        model = torch.compile(compiled.model, backend="olla")
-        with torch.profiler.profile() as profile:
-            for _ in range(4):
-                inputs, targets = self.inputs(), self.targets()
-                for module, optimizer in ((eager.model, eager.optimizer), (model, compiled.optimizer)):
-                    assert optimizer is not None
-                    F.cross_entropy(module(inputs), targets).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-        self.assertIn("olla::bmm", {event.key for event in profile.key_averages()})
-        self.assert_sides_same(compiled, eager)
+        self.assertIn("olla::bmm", self.assert_compiled_same(self.model, self.inputs, self.targets))
 
     def test_other_products_stay(self) -> None:
         def traced(one: Tensor, other: Tensor, **options: Any) -> fx.Node:

@@ -97,9 +97,11 @@ def update_in_pieces(
         for name, value in found.items():
             if not _is_divided(value, piece):
                 after[name] = value
-            elif value is not given.get(name):  # new, or instead of what was there
-                whole = after.setdefault(name, torch.empty_like(parameter, dtype=value.dtype))
-                whole[rows] = value
+                continue
+            if name not in after:
+                after[name] = torch.empty_like(parameter, dtype=value.dtype)
+            if value is not given.get(name):  # new, or instead of what was there
+                after[name][rows] = value
     if after:
         optimizer.state[parameter].update(after)
 
