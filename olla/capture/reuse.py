@@ -16,6 +16,7 @@ from olla.capture.lower import Lowered, tensors_of
 from olla.capture.rewrite.batch_norm import BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT
 from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT
+from olla.capture.rewrite.embedding_sum import EMBEDDING_SUM, EMBEDDING_SUM_OUT
 from olla.graph.graph import Graph
 from olla.torch_private import OpOverload, storage_key
 
@@ -52,6 +53,7 @@ OVERWRITING: Mapping[OpOverload, tuple[OpOverload, str]] = {
     aten._log_softmax_backward_data.default: (aten._log_softmax_backward_data.out, "out"),
     CROSS_ENTROPY_BACKWARD: (CROSS_ENTROPY_BACKWARD_OUT, "out"),
     DROPOUT: (DROPOUT_OUT, "out"),
+    EMBEDDING_SUM: (EMBEDDING_SUM_OUT, "out"),
     BATCH_NORM_BACKWARD: (BATCH_NORM_BACKWARD_OUT, "out"),  # the first of its results
 }
 

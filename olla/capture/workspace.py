@@ -10,12 +10,14 @@ from olla.capture.rewrite.calls import value_of
 from olla.capture.rewrite.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT, bytes_of_rows
 from olla.capture.rewrite.disjoint_sum import disjoint_sum
 from olla.capture.rewrite.dropout import DROPOUT, DROPOUT_OUT, bytes_of_piece
+from olla.capture.rewrite.embedding_sum import EMBEDDING_SUM, EMBEDDING_SUM_OUT, bytes_of_tokens
 from olla.capture.rewrite.max_pool import MAX_POOL
 from olla.capture.rewrite.weight_gradient import bytes_of_slices, weight_gradient
 
 __all__ = ["spared_bytes", "workspace_bytes"]
 
 _BATCH_NORM = (BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_OUT)
+_EMBEDDING_SUM = (EMBEDDING_SUM, EMBEDDING_SUM_OUT)
 _CROSS_ENTROPY = (CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_BACKWARD_OUT)
 
 
@@ -34,6 +36,8 @@ def workspace_bytes(node: fx.Node) -> int:
         return bytes_of_slices(node, slices)
     if node.target in _CROSS_ENTROPY:
         return bytes_of_rows(value_of(node.args[1]))
+    if node.target in _EMBEDDING_SUM:
+        return bytes_of_tokens(*map(value_of, node.args[1:3]))
     if node.target in (DROPOUT, DROPOUT_OUT):
         return bytes_of_piece(*map(value_of, node.all_input_nodes[:2]))
     return 0
@@ -43,6 +47,8 @@ def spared_bytes(node: fx.Node) -> int:
     """What the calls that were replaced by this one allocate while they run, and it does not."""
     if node.target in _CROSS_ENTROPY:
         return value_of(node.args[1]).nbytes - workspace_bytes(node)
+    if node.target in _EMBEDDING_SUM:  # the gradient of the embedding, when those of tokens have been used up
+        return max(0, value_of(node).nbytes - workspace_bytes(node) - value_of(node.args[1]).nbytes)
     if node.target in _BATCH_NORM:  # the gradient of the input, in a layout that is not used
         return value_of(node.args[1]).nbytes
     if node.target is MAX_POOL:  # indices, which are not used

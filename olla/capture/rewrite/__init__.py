@@ -11,6 +11,7 @@ from olla.capture.rewrite.batch_norm import allocate_gradients_of_batch_norms_on
 from olla.capture.rewrite.cross_entropy import compute_loss_gradients_by_rows
 from olla.capture.rewrite.disjoint_sum import sum_disjoint_parts_in_place
 from olla.capture.rewrite.dropout import draw_bytes_for_dropout
+from olla.capture.rewrite.embedding_sum import add_embeddings_by_rows
 from olla.capture.rewrite.max_pool import keep_bytes_for_max_pools
 from olla.capture.rewrite.needless import erase_needless_calls
 from olla.capture.rewrite.weight_gradient import slice_weight_gradients
@@ -24,6 +25,7 @@ def rewrite(module: fx.GraphModule) -> None:
     slice_weight_gradients(module.graph)
     compute_loss_gradients_by_rows(module.graph)
     sum_disjoint_parts_in_place(module.graph)
+    add_embeddings_by_rows(module.graph)
     draw_bytes_for_dropout(module.graph)
     keep_bytes_for_max_pools(module.graph)
     split_batch_norms(module.graph)
