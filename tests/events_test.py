@@ -7,8 +7,8 @@ from graphs import diamond, graphs
 from hypothesis import given
 
 from olla import Graph, Op, Storage
-from olla.graph.events import Allocate, Release, events_of, lifetimes_of
-from olla.graph.lifetimes import peak_bytes
+from olla.graph.events import Allocate, Release, eager_events_of, events_of, lifetimes_of
+from olla.graph.lifetimes import eager_peak_bytes, peak_bytes
 
 
 class EventsTest(unittest.TestCase):
@@ -22,6 +22,23 @@ class EventsTest(unittest.TestCase):
     def test_a_workspace_lives_within_its_op_beside_what_the_op_creates(self) -> None:
         graph = Graph((Op("convolve", creates=(0,), workspace=7),), (Storage("image", 4),))
         self.assertEqual(events_of(graph, [0]), (Allocate(0, 4), Allocate(1, 7), Release(1), Release(0)))
+
+    def test_temporaries_that_are_smaller_than_what_is_written_are_no_result_beside_it(self) -> None:
+        for reused, largest in ((90, 100 + 100), (190, 100 + 200)):
+            graph = Graph(
+                (Op("make", creates=(0,)), Op("use up", writes=(0,), workspace=10, reused=reused)),
+                (Storage("gradient", 100),),
+            )
+            sizes: dict[int, int] = {}
+            peak = 0
+            for event in eager_events_of(graph):
+                if isinstance(event, Allocate):
+                    sizes[event.name] = event.size
+                else:
+                    del sizes[event.name]
+                peak = max(peak, sum(sizes.values()))
+            self.assertEqual((peak, sizes), (largest, {}))
+            self.assertEqual(eager_peak_bytes(graph), largest)
 
     def test_lifetimes_are_counted_in_events_and_a_name_may_come_again(self) -> None:
         events = (Allocate(7, 4), Allocate(8, 2), Release(7), Allocate(7, 3), Release(8))

@@ -1,9 +1,8 @@
 """Part of what an optimizer has, and a step of it for that part: a few parameters, or a few rows of a large one.
 
 Where an optimizer treats elements alike, a large parameter is updated a few rows after the others. So what an update
-holds besides is as large as a few rows: of an AdamW, for the square root, not as large as an embedding. On CPUs, the
-rows and their state stay in the cache while one operation after the other reads them. Whether an optimizer does treat
-elements alike is tried out (``trial.py``).
+holds besides is as large as a few rows: of an AdamW, for the square root, not as large as an embedding. Whether an
+optimizer does treat elements alike is tried out (``trial.py``).
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def eager_events_of(graph: Graph) -> tuple[Event, ...]:
     storages, ops = [replace(storage, size=storage.eager_size) for storage in graph.storages], []
     latest = list(range(len(storages)))  # what holds the contents of each storage
     for op in graph.ops:
-        over = [storage for storage in op.writes if op.reused and not storages[storage].persistent]
+        own = [storage for storage in op.writes if not storages[storage].persistent]
+        over = [storage for storage in own if 0 < graph.storages[storage].size <= op.reused]  # else it is temporaries
         moved = {storage: len(storages) + position for position, storage in enumerate(over)}
         reads = tuple(latest[storage] for storage in op.reads + tuple(over))
         writes = tuple(latest[storage] for storage in op.writes if storage not in moved)

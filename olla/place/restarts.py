@@ -3,7 +3,7 @@
 Two threads take turns of as many nodes; always two, so that what is found does not depend on the machine. One goes
 through a short list, every other turn and with more and more nodes: the largest load first, then what is long or
 large, after MiniMalloc's heuristics (see ``search.py``). Each of its eleven instances is solved by one of the list
-within 23,000 nodes: the slowest one (I) in 0.8 s, and in 17 on average where all preferences were drawn. The other
+within 23,000 nodes: the one called I in 0.8 s, and in 17 on average where all preferences were drawn. The other
 turns are for these. A search that starts badly rarely ends well, so it is given up after some nodes, and the next
 preference is drawn towards the sections that made the earlier ones fail.
 """

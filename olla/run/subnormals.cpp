@@ -1,7 +1,7 @@
 // Batches of matrix products on the CPU, whose first factors may hold subnormal numbers, with the bits of MKL's.
 //
-// Intel's processors leave each vector with a subnormal number, below 2^-126, to microcode, which takes 150 cycles. Two
-// facts spare nearly all of that, where products are added up one after the other, and rounded at each addition:
+// Intel's processors leave each vector with a subnormal number, below 2^-126, to microcode, which takes its time. Two
+// facts spare most of that, where products are added up one after the other, and rounded at each addition:
 // - A sum below 2^-126 is rounded to a whole number of units of 2^-149. So is, to units of 1, a float about 3 * 2^22.
 // - What is less than 2^-26 of a sum does not change it.
 
